@@ -1,0 +1,24 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed  ## train both encodings, evaluate them, draw the plot
+	$(BIN)/python -m train.demo
+
+test: lint  ## linters, type checker, all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test]"
+	touch $@
+
+clean:  ## the environment and caches; never a run
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,154 @@
+"""Causal multi-head attention with positions from a module of choice: project, rotate, attend, project.
+
+Axes: b batch, n sequence, h heads, g key-value heads, d head dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from xpos_zoo.blockwise import blockwise_attention
+from xpos_zoo.dense import PositionModule, dense_attention
+from xpos_zoo.xpos import XPOS
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Sharpen queries that see more keys than in training, at evaluation time and without any training.
+
+    A query that sees n keys is multiplied by 1 + coefficient * ln(n / trained_length) if n is above trained_length, so
+    that the sheer number of far keys does not drown the near ones (log-n scaling; Llama 4 uses 0.1).
+
+    Raises:
+        ValueError: coefficient is negative or trained_length is not positive.
+    """
+
+    coefficient: float
+    trained_length: int
+
+    def __post_init__(self) -> None:
+        if not self.coefficient >= 0:
+            raise ValueError(f"coefficient must be 0 or above, got {self.coefficient}")
+        if self.trained_length <= 0:
+            raise ValueError(f"trained_length must be above 0, got {self.trained_length}")
+
+    def __call__(self, q: Tensor, visible_keys: Tensor) -> Tensor:
+        """q (..., n, d) with row j sharpened for visible_keys[..., j] keys; q's dtype."""
+        excess = torch.log(visible_keys / self.trained_length).clamp(min=0)
+        return (q * (1 + self.coefficient * excess)[..., None]).to(q.dtype)
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention on `embed_dim` features with relative positions, dense or blockwise, at any length.
+
+    Args:
+        embed_dim: features of input and output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, a divisor of num_heads (grouped-query attention; 1 is multi-query);
+            by default num_heads.
+        head_dim: channels of a head; by default embed_dim / num_heads.
+        positions: called with head_dim, gives the position module: `XPOS`, `RotaryEmbedding`,
+            `partial(XPOS, scale_base=64)`, or your own with their `rotate` and `max_span`.
+        block_size: None for dense causal attention; an integer for blockwise causal attention in blocks of that size.
+        bias: whether the projections have biases.
+        dropout: probability of dropping an attention weight in training.
+
+    Attributes that may be set at any time, on a trained model too:
+        block_size: as above.
+        temperature: None, or a `Temperature` for queries that see more keys than in training.
+
+    Raises:
+        ValueError: for a size that is not positive or does not divide as said.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        positions: Callable[[int], PositionModule] = XPOS,
+        block_size: int | None = None,
+        bias: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            if value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}")
+        if head_dim is None:
+            if embed_dim % num_heads:
+                raise ValueError(
+                    f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}; or give head_dim"
+                )
+            head_dim = embed_dim // num_heads
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.dropout = dropout
+        self.block_size = block_size
+        self.temperature: Temperature | None = None
+        self.positions = positions(head_dim)
+        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
+        self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+
+    @property
+    def block_size(self) -> int | None:
+        return self._block_size
+
+    @block_size.setter
+    def block_size(self, value: int | None) -> None:
+        if value is not None and value <= 0:
+            raise ValueError(f"block_size must be above 0, or None for dense attention, got {value}")
+        self._block_size = value
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, block_size={self.block_size}, temperature={self.temperature}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend causally within x (b, n, embed_dim); gives the same shape.
+
+        Raises:
+            ValueError: x has another shape, or a dtype that the weights do not fit.
+        """
+        self._check(x)
+        q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
+        k = rearrange(self.k_proj(x), "b n (g d) -> b g n d", d=self.head_dim)
+        v = rearrange(self.v_proj(x), "b n (g d) -> b g n d", d=self.head_dim)
+        if self.temperature is not None:
+            q = self.temperature(q, visible_keys(torch.arange(x.shape[1], device=x.device), self.block_size))
+        dropout_p = self.dropout if self.training else 0.0
+        if self.block_size is None:
+            attended = dense_attention(q, k, v, self.positions, dropout_p)
+        else:
+            attended = blockwise_attention(q, k, v, self.positions, self.block_size, dropout_p)
+        return self.out_proj(rearrange(attended, "b h n d -> b n (h d)"))
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x must have shape (batch, seq_len, embed_dim={self.embed_dim}), got {tuple(x.shape)}")
+        weight = self.q_proj.weight
+        if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"x must have the weights' dtype {weight.dtype}, or run under autocast, got {x.dtype}")
+
+
+def visible_keys(positions: Tensor, block_size: int | None) -> Tensor:
+    """How many keys the query at each position sees, its own included: dense if block_size is None, else blockwise."""
+    if block_size is None:
+        return positions + 1
+    return positions + 1 - (positions // block_size - 1).clamp(min=0) * block_size
