@@ -1,0 +1,132 @@
+"""The language model that Lightning trains: next-byte prediction with a `Transformer`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L  # noqa: N812
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+from train.errors import UserError
+from train.text import VOCAB_SIZE
+from xpos_zoo import XPOS, RotaryEmbedding, Transformer
+
+POSITIONS = (XPOS, RotaryEmbedding)  # imported, so that YAML can name them without their module
+DEFAULT_SCALE_BASE = XPOS(2).scale_base
+
+
+class LanguageModel(L.LightningModule):
+    """A `Transformer` with AdamW, linear warm-up and cosine decay.
+
+    Args:
+        context_length: training length L; the data's own.
+        positions: the position module's class, or anything that gives one for a head_dim: `XPOS`, `RotaryEmbedding`.
+        scale_base: of XPOS; by default half the context length, where the authors' 512 for 1024 puts it.
+        embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, block_size, dropout: see `Transformer`.
+        learning_rate: at the end of the warm-up.
+        warmup_steps: steps over which the learning rate rises to it; from then it falls to a tenth.
+        weight_decay: on matrices; none on norms.
+        compile: whether each layer is compiled (a graph a layer, which works under every strategy).
+
+    Raises:
+        UserError: a size or rate is out of range.
+    """
+
+    def __init__(
+        self,
+        context_length: int,
+        positions: Callable[[int], nn.Module] = XPOS,
+        scale_base: float | None = None,
+        embed_dim: int = 128,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        hidden_dim: int | None = None,
+        block_size: int | None = None,
+        dropout: float = 0.0,
+        learning_rate: float = 2e-3,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.1,
+        compile: bool = False,  # noqa: A002
+    ):
+        super().__init__()
+        if not learning_rate > 0:
+            raise UserError(f"model.learning_rate must be above 0, got {learning_rate}")
+        if warmup_steps < 1:
+            raise UserError(f"model.warmup_steps must be 1 or above, got {warmup_steps}")
+        self.save_hyperparameters()
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.weight_decay = weight_decay
+        self.compile_layers = compile
+
+        def for_context_length(head_dim: int) -> Any:
+            module = positions(head_dim)
+            if isinstance(module, XPOS):
+                wanted = context_length / 2 if scale_base is None else scale_base
+                if module.scale_base not in (DEFAULT_SCALE_BASE, wanted):
+                    raise UserError(f"model.positions has scale_base {module.scale_base:g}; give it as model.scale_base")
+                module.scale_base = wanted
+            return module
+
+        try:
+            self.transformer = Transformer(
+                VOCAB_SIZE,
+                embed_dim,
+                num_layers,
+                num_heads,
+                num_kv_heads=num_kv_heads,
+                positions=for_context_length,
+                block_size=block_size,
+                hidden_dim=hidden_dim,
+                dropout=dropout,
+            )
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"model.{error}") from error
+
+    def configure_model(self) -> None:
+        for layer in self.transformer.layers:
+            if self.compile_layers and layer._compiled_call_impl is None:
+                layer.compile(fullgraph=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.transformer(tokens)
+
+    def loss(self, windows: Tensor) -> Tensor:
+        """Mean cross-entropy, in nats, of each token of the windows (b, n + 1) but the first."""
+        logits = self(windows[:, :-1])
+        return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train_bits_per_byte", loss.detach() / math.log(2), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_bits_per_byte", self.loss(batch) / math.log(2), prog_bar=True, sync_dist=True)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("test_bits_per_byte", self.loss(batch) / math.log(2), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        matrices = [p for p in self.parameters() if p.ndim >= 2]
+        others = [p for p in self.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95), fused=True)
+        warmup = LinearLR(optimizer, start_factor=1 / (self.warmup_steps + 1), total_iters=self.warmup_steps)
+        falling = max(1, int(self.trainer.estimated_stepping_batches) - self.warmup_steps)
+        cosine = CosineAnnealingLR(optimizer, T_max=falling, eta_min=self.learning_rate / 10)
+        schedule = SequentialLR(optimizer, [warmup, cosine], milestones=[self.warmup_steps])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # Lightning's own refuses a fused optimizer under mixed precision.
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
