@@ -20,7 +20,9 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
-            self.parser.save(self.config, config_of(Path(trainer.default_root_dir)), skip_none=False, overwrite=True, multifile=False)
+            self.parser.save(
+                self.config, config_of(Path(trainer.default_root_dir)), skip_none=False, overwrite=True, multifile=False
+            )
 
 
 def config_of(run: Path) -> Path:
@@ -34,8 +36,8 @@ def last_checkpoint_of(run: Path) -> Path:
 class ProgressBar(TQDMProgressBar):
     """Without Lightning's v_num, the end of a logger's name."""
 
-    def get_metrics(self, *args: Any) -> dict[str, Any]:
-        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class RunCLI(LightningCLI):
@@ -76,7 +78,9 @@ class RunCLI(LightningCLI):
                 "windows, so it has no epochs"
             )
         positions = self.options.model.positions
-        if (positions.get("init_args") or {}).get("scale_base") == DEFAULT_SCALE_BASE:  # record what LanguageModel makes of it
+        if (positions.get("init_args") or {}).get(
+            "scale_base"
+        ) == DEFAULT_SCALE_BASE:  # record what LanguageModel makes of it
             given = self.options.model.scale_base
             positions.init_args.scale_base = self.options.data.context_length / 2 if given is None else given
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L  # noqa: N812
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -50,7 +50,7 @@ class LanguageModel(L.LightningModule):
         learning_rate: float = 2e-3,
         warmup_steps: int = 100,
         weight_decay: float = 0.1,
-        compile: bool = False,  # noqa: A002
+        compile: bool = False,
     ):
         super().__init__()
         if not learning_rate > 0:
@@ -68,7 +68,9 @@ class LanguageModel(L.LightningModule):
             if isinstance(module, XPOS):
                 wanted = context_length / 2 if scale_base is None else scale_base
                 if module.scale_base not in (DEFAULT_SCALE_BASE, wanted):
-                    raise UserError(f"model.positions has scale_base {module.scale_base:g}; give it as model.scale_base")
+                    raise UserError(
+                        f"model.positions has scale_base {module.scale_base:g}; give it as model.scale_base"
+                    )
                 module.scale_base = wanted
             return module
 

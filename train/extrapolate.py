@@ -1,0 +1,286 @@
+"""`python -m train.extrapolate runs/xpos runs/rotary`: loss against context length for finished runs.
+
+Every context length predicts the same targets, the last L/2 bytes of windows from held-out documents; only how much
+comes before them varies. L/2 targets are one whole block of blockwise attention, so that every phase of a block counts
+once and targets see the same number of keys at every context from L on.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from train.checkpoint import load_checkpoint
+from train.errors import UserError, told_in_one_line
+from train.language_model import LanguageModel
+from train.report import write_report
+from train.text import Document, TextData
+from xpos_zoo import Temperature, Transformer
+
+TOKENS_AT_ONCE = 8192
+ENCODINGS = {"XPOS": "xPos", "RotaryEmbedding": "RoPE"}  # as the literature calls them
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a trained model attends when it is measured."""
+
+    name: str
+    label: str
+    block_size: int | None = None
+    temperature: Temperature | None = None
+
+    def set_on(self, model: Transformer) -> None:
+        model.block_size, model.temperature = self.block_size, self.temperature
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What two measurements must share to be compared."""
+
+    context_length: int
+    longest: int
+    windows: int
+    temperature: float
+    data: dict[str, Any]
+
+    @property
+    def targets(self) -> int:
+        return self.context_length // 2
+
+    @property
+    def contexts(self) -> list[int]:
+        """L/4, L/2, L, 2L, ... up to longest * L."""
+        return [self.context_length * 2**k // 4 for k in range(int(math.log2(self.longest)) + 3)]
+
+    def modes(self) -> list[Mode]:
+        length = self.context_length
+        return [
+            Mode("dense", "dense"),
+            Mode(
+                "temperature",
+                f"dense, temperature {self.temperature:g}",
+                temperature=Temperature(self.temperature, length),
+            ),
+            Mode("BCA", f"BCA, blocks of {length // 2}", block_size=length // 2),
+        ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training: its folder, its encoding and seed, and where its weights are."""
+
+    folder: Path
+    checkpoint: Path
+    encoding: str
+    seed: int
+    data: dict[str, Any]
+
+    def model(self, device: torch.device) -> Transformer:
+        module = LanguageModel.load_from_checkpoint(self.checkpoint, map_location=device, weights_only=True)
+        return module.transformer.eval()
+
+
+def find_runs(folders: list[str]) -> list[Run]:
+    """The finished runs in and below the folders.
+
+    Raises:
+        UserError: a folder does not exist or holds no run, or a checkpoint is damaged.
+    """
+    runs = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"runs: there is no folder {str(folder)!r}")
+        checkpoints = sorted(folder.rglob("checkpoints/last.ckpt"))
+        if not checkpoints:
+            raise UserError(f"runs: there is no checkpoint in {str(folder)!r}; `python -m train fit` makes one")
+        for path in checkpoints:
+            content = load_checkpoint(path)
+            model, data = dict(content["hyper_parameters"]), dict(content["datamodule_hyper_parameters"])
+            encoding = str(model["positions"]["class_path"]).rpartition(".")[2]
+            seed = data.pop("seed")
+            data = {name: data[name] for name in ("context_length", "paths", "val_fraction", "test_fraction")}
+            runs.append(Run(path.parent.parent, path, ENCODINGS.get(encoding, encoding), seed, data))
+    for run in runs[1:]:
+        if run.data != runs[0].data:
+            raise UserError(
+                f"runs: {run.folder} and {runs[0].folder} differ in data or context length, so they have no common "
+                f"targets: {run.data} and {runs[0].data}"
+            )
+    return runs
+
+
+def choose_windows(documents: list[Document], length: int, count: int) -> tuple[Tensor, list[str]]:
+    """Up to `count` windows (w, length) that do not overlap, from as many documents as possible, and their names.
+
+    Raises:
+        UserError: no document is that long.
+    """
+    chosen: list[tuple[str, Tensor]] = []
+    long_enough = [document for document in documents if len(document.tokens) >= length]
+    if not long_enough:
+        longest = max(len(document.tokens) for document in documents)
+        raise UserError(
+            f"longest: no held-out document has the {length} bytes that a window takes, the longest has {longest}; "
+            "lower --longest or hold out longer files"
+        )
+    for turn in range(max(len(document.tokens) // length for document in long_enough)):
+        for document in long_enough:
+            window = document.tokens[turn * length : (turn + 1) * length]
+            if len(window) == length:
+                chosen.append((document.name, window.long()))
+    names, windows = zip(*chosen[:count], strict=True)
+    return torch.stack(windows), list(names)
+
+
+@torch.inference_mode()
+def token_losses(model: Transformer, windows: Tensor) -> Tensor:
+    """Cross-entropy in nats of each token of windows (w, n + 1) but the first: (w, n)."""
+    batches = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
+    losses = [cross_entropy(model(b[:, :-1]).mT.float(), b[:, 1:], reduction="none") for b in batches]
+    return torch.cat(losses)
+
+
+def target_losses(model: Transformer, windows: Tensor, context: int, targets: int) -> Tensor:
+    """Losses (w, targets) of the windows' last tokens, each predicted from at most `context` tokens before it.
+
+    One forward over the last `context` tokens predicts them all; where that is fewer than `targets`, several do, side
+    by side.
+    """
+    if context >= targets:
+        return token_losses(model, windows[:, -context - 1 :])[:, -targets:]
+    pieces = windows[:, -targets - 1 :].unfold(1, context + 1, context)
+    return token_losses(model, pieces.flatten(0, 1)).view(len(windows), targets)
+
+
+def measure(model: Transformer, mode: Mode, windows: Tensor, settings: Settings, progress: tqdm) -> dict[str, Any]:
+    """Mean loss of every window at every context, and mean loss at every position of the longest."""
+    mode.set_on(model)
+    losses = {}
+    for context in settings.contexts:
+        progress.set_postfix_str(f"context {context}")
+        losses[context] = target_losses(model, windows, context, settings.targets).mean(1).tolist()
+        progress.update(context * len(windows))
+    by_position = token_losses(model, windows).mean(0).tolist()
+    progress.update(settings.contexts[-1] * len(windows))
+    return {"losses": losses, "by_position": [round(loss, 5) for loss in by_position]}
+
+
+def extrapolate(
+    runs: list[str],
+    output: str = "runs/extrapolation",
+    longest: int = 64,
+    windows: int = 24,
+    temperature: float = 0.2,
+    device: str = "auto",
+) -> None:
+    """Measure loss against context length for the runs, print a table, and write JSON, Markdown and plots.
+
+    Args:
+        runs: folders of runs, or folders that contain them; several seeds of an encoding are averaged.
+        output: folder for the results; a measurement that was interrupted goes on in it.
+        longest: the longest context, in training lengths; a power of two.
+        windows: how many windows of held-out text.
+        temperature: coefficient c of the dense mode with temperature, in which a query that sees n > L keys is
+            multiplied by 1 + c ln(n / L).
+        device: cpu, cuda, or auto.
+
+    Raises:
+        UserError: for a number out of range, a run without a checkpoint, or runs with different data.
+    """
+    if longest < 1 or longest & (longest - 1):
+        raise UserError(f"longest must be a power of two, got {longest}")
+    if windows < 1:
+        raise UserError(f"windows must be above 0, got {windows}")
+    if not temperature >= 0:
+        raise UserError(f"temperature must be 0 or above, got {temperature}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu or cuda, got {device}")
+    found = find_runs(runs)
+    settings = Settings(found[0].data["context_length"], longest, windows, temperature, found[0].data)
+    if settings.context_length % 4:
+        raise UserError(f"runs: the context length must be a multiple of 4, got {settings.context_length}")
+    documents = TextData(**found[0].data).documents("test")
+    text, names = choose_windows(documents, settings.contexts[-1] + 1, windows)
+    settings = replace(settings, windows=len(text))
+
+    folder = Path(output)
+    cells = [(cell_of(run, mode), run, mode) for mode in settings.modes() for run in found]
+    measured = {key_of(cell): cell for cell in earlier_cells(folder, settings)}
+    missing = [entry for entry in cells if key_of(entry[0]) not in measured]
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    text = text.to("cuda" if use_cuda else "cpu")
+    tokens_a_cell = (sum(settings.contexts) + settings.contexts[-1]) * len(text)
+    with tqdm(total=tokens_a_cell * len(missing), unit="B", unit_scale=True, disable=not missing) as progress:
+        for cell, run, mode in missing:
+            progress.set_description(f"{run.encoding} seed {run.seed}, {mode.label}")
+            measured[key_of(cell)] = cell | measure(run.model(text.device), mode, text, settings, progress)
+            results = {"settings": asdict(settings), "documents": names, "cells": list(measured.values())}
+            write_atomically(folder / "results.json", json.dumps(results))
+    write_report([measured[key_of(cell)] for cell, _, _ in cells], names, settings.contexts, folder)
+
+
+def cell_of(run: Run, mode: Mode) -> dict[str, Any]:
+    """What a measurement is of."""
+    sha256 = hashlib.sha256(run.checkpoint.read_bytes()).hexdigest()
+    return {
+        "encoding": run.encoding,
+        "mode": mode.name,
+        "label": mode.label,
+        "seed": run.seed,
+        "run": str(run.folder),
+        "checkpoint_sha256": sha256,
+    }
+
+
+def key_of(cell: dict[str, Any]) -> tuple[str, str]:
+    return cell["mode"], cell["checkpoint_sha256"]
+
+
+def earlier_cells(folder: Path, settings: Settings) -> list[dict[str, Any]]:
+    """What an earlier call with the same settings measured in the folder.
+
+    Raises:
+        UserError: the folder holds results with other settings.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text())
+    changed = [
+        f"{k} {results['settings'].get(k)} there, {v} here"
+        for k, v in asdict(settings).items()
+        if results["settings"].get(k) != v
+    ]
+    if changed:
+        raise UserError(
+            f"output: {path} has other settings ({'; '.join(changed)}); give another --output, or remove it"
+        )
+    return results["cells"]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m train.extrapolate", description=__doc__, exit_on_error=False)
+    parser.add_argument("runs", nargs="+", help="folders of runs, or folders that contain them")
+    parser.add_function_arguments(extrapolate, skip={"runs"})
+    with told_in_one_line():
+        extrapolate(**parser.parse_args(args).as_dict())
+
+
+if __name__ == "__main__":
+    main()

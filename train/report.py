@@ -1,0 +1,247 @@
+"""Tables, plots and verdicts of an extrapolation measurement (`train.extrapolate` says what is measured)."""
+
+import json
+import math
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+REPLICATES = 2000
+COLOURS = {"xPos": "#0072B2", "RoPE": "#D55E00"}  # of Okabe and Ito: told apart by all eyes
+STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]
+
+
+class Measured:
+    """Losses of an encoding in a mode: (runs, windows) at every context, and at every position of the longest."""
+
+    def __init__(self, cells: list[dict[str, Any]]):
+        self.encoding, self.mode = cells[0]["encoding"], cells[0]["mode"]
+        self.name = f"{self.encoding}, {cells[0]['label']}"
+        self.seeds = [cell["seed"] for cell in cells]
+        # JSON turns the contexts into strings.
+        self.losses = {
+            int(context): np.array([{int(k): v for k, v in cell["losses"].items()}[int(context)] for cell in cells])
+            for context in cells[0]["losses"]
+        }
+        self.by_position = np.array([cell["by_position"] for cell in cells]).mean(0)
+
+    def mean(self, context: int) -> float:
+        return float(self.losses[context].mean())
+
+
+def interval(differences: np.ndarray, documents: list[str]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of `differences` (runs, windows): resamples runs, then whole documents."""
+    names = sorted(set(documents))
+    member = np.array([[name == document for document in documents] for name in names], dtype=float)
+    sums, counts = differences @ member.T, member.sum(1)
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(REPLICATES):
+        runs = rng.integers(len(differences), size=len(differences))
+        chosen = rng.integers(len(names), size=len(names))
+        means.append(sums[np.ix_(runs, chosen)].sum() / (len(runs) * counts[chosen].sum()))
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def write_report(cells: list[dict[str, Any]], documents: list[str], contexts: list[int], folder: Path) -> None:
+    """Print the table and the verdicts; write report.md, summary.json and the two plots into the folder."""
+    keys = dict.fromkeys((cell["encoding"], cell["mode"]) for cell in cells)
+    lines = [Measured([c for c in cells if (c["encoding"], c["mode"]) == key]) for key in keys]
+    length = 4 * contexts[0]
+    rises = {line.name: rise_over_trained(line, documents, length) for line in lines}
+    found = verdicts({(line.encoding, line.mode): line for line in lines}, rises, documents, length)
+    seeds = sorted({seed for line in lines for seed in line.seeds})
+    caption = (
+        f"{len(documents)} windows of {len(set(documents))} held-out documents, seeds {', '.join(map(str, seeds))}; "
+        f"trained at L = {length}; the same last {length // 2} bytes of each window are predicted at every context."
+    )
+
+    def table(title: str, entry: Any) -> list[str]:
+        return [f"## {title}", "", *markdown(lines, contexts, length, entry), ""]
+
+    main = table("Loss, nats a byte", lambda line, c: f"{line.mean(c):.3f}")
+    report = [
+        "# Loss against context length",
+        "",
+        caption,
+        "",
+        *main,
+        *table(
+            "Difference against context L, nats a byte, with 95 % interval",
+            lambda line, c: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*rises[line.name][c]),
+        ),
+        *table("Perplexity a byte", lambda line, c: f"{math.exp(line.mean(c)):.2f}"),
+        *table("Bits a byte", lambda line, c: f"{line.mean(c) / math.log(2):.3f}"),
+        "## Thresholds",
+        "",
+        *(f"- {verdict}" for verdict in found),
+        "",
+        "Intervals: bootstrap over seeds, then documents."
+        + (" With one seed they say nothing about another training." if len(seeds) == 1 else ""),
+        "",
+        "![loss against context length](extrapolation.png)",
+        "",
+        "![loss by position](by_position.png)",
+        "",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text("\n".join(report))
+    summary = [
+        {
+            "encoding": line.encoding,
+            "mode": line.mode,
+            "context": c,
+            "loss": line.mean(c),
+            "against_L": rises[line.name][c],
+        }
+        for line in lines
+        for c in contexts
+    ]
+    (folder / "summary.json").write_text(
+        json.dumps({"caption": caption, "cells": summary, "thresholds": found}, indent=1)
+    )
+    plot_contexts(lines, contexts, length, folder / "extrapolation.png")
+    plot_positions(lines, length, folder / "by_position.png")
+    print("\n".join(["", caption, "", *main, *found, ""]))
+    print(f"{folder / 'report.md'} has all tables; the plot is {folder / 'extrapolation.png'}")
+
+
+def rise_over_trained(line: Measured, documents: list[str], length: int) -> dict[int, tuple[float, float, float]]:
+    """Mean paired difference of each context's loss against the trained length's, and its interval."""
+    differences = {context: losses - line.losses[length] for context, losses in line.losses.items()}
+    return {context: (float(d.mean()), *interval(d, documents)) for context, d in differences.items()}
+
+
+def markdown(lines: list[Measured], contexts: list[int], length: int, entry: Any) -> list[str]:
+    heads = ["context", *(in_lengths(context, length) for context in contexts)]
+    rows = [[line.name, *(entry(line, context) for context in contexts)] for line in lines]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+
+    def row(entries: Iterable[str]) -> str:
+        return "| " + " | ".join(e.ljust(w) for e, w in zip(entries, widths, strict=True)) + " |"
+
+    return [row(heads), row("-" * width for width in widths), *map(row, rows)]
+
+
+def in_lengths(context: int, length: int) -> str:
+    if context >= length:
+        return f"{context // length} L" if context > length else "L"
+    return f"L/{length // context}"
+
+
+def verdicts(
+    lines: dict[tuple[str, str], Measured],
+    rises: dict[str, dict[int, tuple[float, float, float]]],
+    documents: list[str],
+    length: int,
+) -> list[str]:
+    """The protocol's thresholds that the measured lines can answer, each met or missed with its figure."""
+
+    def rise(encoding: str, mode: str) -> dict[int, tuple[float, float, float]] | None:
+        line = lines.get((encoding, mode))
+        return rises[line.name] if line else None
+
+    found = []
+
+    def verdict(claim: str, met: bool, figure: str) -> None:
+        found.append(f"{'met' if met else 'MISSED'}: {claim}: {figure}")
+
+    rope, xpos, flat = rise("RoPE", "dense"), rise("xPos", "dense"), rise("xPos", "BCA")
+    if rope and 4 * length in rope:
+        figure = rope[4 * length][0]
+        verdict("collapse, RoPE dense at 4 L is at least 1 nat above L", figure >= 1, f"{figure:+.3f}")
+    if xpos and 2 * length in xpos:
+        figure = xpos[2 * length][0]
+        verdict("xPos dense at 2 L is within 0.05 nats of L", figure <= 0.05, f"{figure:+.3f}")
+    if flat:
+        upper, context = max((flat[c][2], c) for c in flat if c >= length)
+        verdict(
+            "flat, xPos BCA is within +0.02 nats of L at every longer context (upper end of the interval)",
+            upper <= 0.02,
+            f"at most {upper:+.4f}, at {in_lengths(context, length)}",
+        )
+    warm, cold = rise("xPos", "temperature"), rise("RoPE", "temperature")
+    if warm and cold:
+        reached = [c for c in warm if length < c <= 32 * length]
+        xpos_worst, rope_least = max(warm[c][0] for c in reached), cold[max(reached)][0]
+        verdict(
+            f"open context, with temperature xPos dense is within 0.1 nats of L up to {max(reached) // length} L, "
+            "where RoPE is above 1 nat",
+            xpos_worst <= 0.1 and rope_least > 1,
+            f"xPos at most {xpos_worst:+.3f}, RoPE {rope_least:+.3f}",
+        )
+    ours, theirs = lines.get(("xPos", "BCA")), lines.get(("RoPE", "BCA"))
+    if ours and theirs and 4 * length in ours.losses and ours.seeds == theirs.seeds:
+        grown = [line.losses[4 * length] - line.losses[length] for line in (ours, theirs)]
+        difference = grown[0] - grown[1]
+        low, high = interval(difference, documents)
+        found.append(
+            "reported, whichever way it falls: from L to 4 L, xPos BCA rises more than RoPE BCA by "
+            f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}] nats"
+        )
+    return found
+
+
+def plot_contexts(lines: list[Measured], contexts: list[int], length: int, path: Path) -> None:
+    """Loss against context length, a line for each encoding and mode."""
+    figure, axes = new_plot(length, "Loss of the same bytes, by how much context comes before them")
+    for line, (colour, style, marker) in zip(lines, looks(lines), strict=True):
+        losses = [line.mean(context) for context in contexts]
+        axes.plot(contexts, losses, style, color=colour, marker=marker, markersize=5, label=line.name, alpha=0.85)
+    axes.set_xlabel("context length, bytes (log scale)")
+    axes.set_xticks(contexts, [str(context) for context in contexts])
+    finish(figure, axes, path)
+
+
+def plot_positions(lines: list[Measured], length: int, path: Path) -> None:
+    """Loss by position in the longest windows, in logarithmic bins, with the level just below L drawn as the floor."""
+    figure, axes = new_plot(length, "Loss by position in the longest window")
+    for line, (colour, style, marker) in zip(lines, looks(lines), strict=True):
+        centres, losses = logarithmic_bins(line.by_position)
+        axes.plot(centres, losses, style, color=colour, marker=marker, markersize=3, label=line.name, alpha=0.85)
+    dense = next((line for line in lines if (line.encoding, line.mode) == ("xPos", "dense")), lines[0])
+    floor = dense.by_position[length // 2 : length].mean()
+    axes.axhline(floor, color="0.5", linewidth=1, label=f"{dense.name}: mean over (L/2, L]")
+    axes.set_xlabel("position, bytes (log scale)")
+    finish(figure, axes, path)
+
+
+def logarithmic_bins(losses: np.ndarray, bins_per_octave: int = 2) -> tuple[list[float], list[float]]:
+    """Geometric centres and means of `losses` (n,), position p being losses[p - 1], in bins of equal ratio."""
+    octaves = math.log2(len(losses))
+    edges = np.unique(
+        np.round(2 ** (np.arange(math.ceil(octaves * bins_per_octave) + 1) / bins_per_octave)).astype(int)
+    )
+    edges[-1] = len(losses) + 1
+    pairs = list(pairwise(edges))
+    return [math.sqrt(a * (b - 1)) for a, b in pairs], [float(losses[a - 1 : b - 1].mean()) for a, b in pairs]
+
+
+def looks(lines: list[Measured]) -> list[tuple[str, str, str]]:
+    """Colour by encoding, line style and marker by mode."""
+    modes = list(dict.fromkeys(line.mode for line in lines))
+    return [(COLOURS.get(line.encoding, "#009E73"), *STYLES[modes.index(line.mode) % len(STYLES)]) for line in lines]
+
+
+def new_plot(length: int, title: str) -> tuple[Figure, Axes]:
+    with mpl.rc_context({"font.size": 11}):
+        figure = Figure(figsize=(9, 5.2), layout="constrained", facecolor="white")
+        axes = figure.add_subplot(title=title, ylabel="loss, nats a byte")
+    axes.set_xscale("log", base=2)
+    axes.axvline(length, color="black", linewidth=1)
+    axes.text(length, 1.0, f" trained length L = {length}", transform=axes.get_xaxis_transform(), va="top")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def finish(figure: Figure, axes: Axes, path: Path) -> None:
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, dpi=150)
