@@ -150,28 +150,29 @@ def token_losses(model: Transformer, windows: Tensor) -> Tensor:
 
 
 def target_losses(model: Transformer, windows: Tensor, context: int, targets: int) -> Tensor:
-    """Losses (w, targets) of the windows' last tokens, each predicted from at most `context` tokens before it.
+    """Losses of the windows' last `targets` tokens, each predicted from at most `context` tokens before it.
 
-    One forward over the last `context` tokens predicts them all; where that is fewer than `targets`, several do, side
-    by side.
+    One forward over the last `context` tokens predicts all of those: (w, context), the targets last. If they are fewer
+    than the targets, several forwards predict them side by side: (w, targets).
     """
     if context >= targets:
-        return token_losses(model, windows[:, -context - 1 :])[:, -targets:]
+        return token_losses(model, windows[:, -context - 1 :])
     pieces = windows[:, -targets - 1 :].unfold(1, context + 1, context)
     return token_losses(model, pieces.flatten(0, 1)).view(len(windows), targets)
 
 
 def measure(model: Transformer, mode: Mode, windows: Tensor, settings: Settings, progress: tqdm) -> dict[str, Any]:
-    """Mean loss of every window at every context, and mean loss at every position of the longest."""
+    """Mean loss of every window at every context, and mean loss at every position of the longest context."""
     mode.set_on(model)
     losses = {}
     for context in settings.contexts:
         progress.set_postfix_str(f"context {context}")
-        losses[context] = target_losses(model, windows, context, settings.targets).mean(1).tolist()
+        losses[context] = target_losses(model, windows, context, settings.targets)
         progress.update(context * len(windows))
-    by_position = token_losses(model, windows).mean(0).tolist()
-    progress.update(settings.contexts[-1] * len(windows))
-    return {"losses": losses, "by_position": [round(loss, 5) for loss in by_position]}
+    return {
+        "losses": {context: each[:, -settings.targets :].mean(1).tolist() for context, each in losses.items()},
+        "by_position": [round(loss, 5) for loss in losses[settings.contexts[-1]].mean(0).tolist()],
+    }
 
 
 def extrapolate(
@@ -218,7 +219,7 @@ def extrapolate(
     missing = [entry for entry in cells if key_of(entry[0]) not in measured]
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     text = text.to("cuda" if use_cuda else "cpu")
-    tokens_a_cell = (sum(settings.contexts) + settings.contexts[-1]) * len(text)
+    tokens_a_cell = sum(settings.contexts) * len(text)
     with tqdm(total=tokens_a_cell * len(missing), unit="B", unit_scale=True, disable=not missing) as progress:
         for cell, run, mode in missing:
             progress.set_description(f"{run.encoding} seed {run.seed}, {mode.label}")

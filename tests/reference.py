@@ -1,0 +1,211 @@
+"""The formulas that everything is tested against, in float64, written to be read.
+
+    score(n, m) = sum_i zeta_i^((n - m) / s) Re(q_i conj(k_i) exp(1j (n - m) theta_i))
+    theta_i = base^(-2i/d),  zeta_i = (i / (d/2) + 0.4) / 1.4;  without the decay it is plain rotary
+
+Axes: b batch, h query heads, g key-value heads, n queries, m keys, d head dimension, i = d/2 channel pairs.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from xpos_zoo import XPOS, MultiHeadAttention, RotaryEmbedding
+
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, *HALVES)
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Encoding(NamedTuple):
+    """What a position module is told; plain rotary if scale_base is None."""
+
+    scale_base: float | None = None
+    base: float = 10000.0
+    interleaved: bool = True
+
+    def module(self, head_dim: int) -> RotaryEmbedding:
+        if self.scale_base is None:
+            return RotaryEmbedding(head_dim, base=self.base, interleaved=self.interleaved)
+        return XPOS(head_dim, self.scale_base, base=self.base, interleaved=self.interleaved)
+
+
+def encoding_of(module: RotaryEmbedding) -> Encoding:
+    return Encoding(module.scale_base if isinstance(module, XPOS) else None, module.base, module.interleaved)
+
+
+def theta(head_dim: int, base: float = 10000.0) -> Tensor:
+    return torch.tensor([base ** (-2 * i / head_dim) for i in range(head_dim // 2)], dtype=torch.float64)
+
+
+def zeta(head_dim: int) -> Tensor:
+    return torch.tensor([(i / (head_dim / 2) + 0.4) / 1.4 for i in range(head_dim // 2)], dtype=torch.float64)
+
+
+def pairs(x: Tensor, interleaved: bool = True) -> Tensor:
+    """The channel pairs of x (..., d) as complex numbers (..., i)."""
+    real, imaginary = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    return torch.complex(real.double(), imaginary.double())
+
+
+def channels(z: Tensor, interleaved: bool = True) -> Tensor:
+    """The inverse of `pairs`."""
+    return torch.stack((z.real, z.imag), -1).flatten(-2) if interleaved else torch.cat((z.real, z.imag), -1)
+
+
+def scores(q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding) -> Tensor:
+    """The formula above for q (..., n, d) and k (..., m, d): (..., n, m)."""
+    head_dim = q.shape[-1]
+    q, k = pairs(q, encoding.interleaved), pairs(k, encoding.interleaved)
+    distance = (q_positions[..., :, None] - k_positions[..., None, :]).double()
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(head_dim // 2):
+        turn = torch.exp(1j * distance * theta(head_dim, encoding.base)[i])
+        decay = 1 if encoding.scale_base is None else zeta(head_dim)[i] ** (distance / encoding.scale_base)
+        total = total + decay * (q[..., :, None, i] * k[..., None, :, i].conj() * turn).real
+    return total
+
+
+def score_sizes(q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding) -> Tensor:
+    """sum_i zeta_i^((n - m) / s) |q_i| |k_i|: what errors in the factors of a score are relative to."""
+    head_dim = q.shape[-1]
+    q, k = pairs(q, encoding.interleaved).abs(), pairs(k, encoding.interleaved).abs()
+    distance = (q_positions[..., :, None] - k_positions[..., None, :]).double()
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(head_dim // 2):
+        decay = 1 if encoding.scale_base is None else zeta(head_dim)[i] ** (distance / encoding.scale_base)
+        total = total + decay * q[..., :, None, i] * k[..., None, :, i]
+    return total
+
+
+def encode(x: Tensor, angles_at: Tensor, decay_at: Tensor | None, encoding: Encoding) -> Tensor:
+    """x (..., n, d) rotated by positions angles_at, and scaled by zeta^(decay_at / s) if the encoding decays."""
+    head_dim = x.shape[-1]
+    z = pairs(x, encoding.interleaved) * torch.exp(1j * angles_at.double()[..., None] * theta(head_dim, encoding.base))
+    if encoding.scale_base is not None and decay_at is not None:
+        z = z * zeta(head_dim) ** (decay_at.double()[..., None] / encoding.scale_base)
+    return channels(z, encoding.interleaved)
+
+
+def visible(n: int, block_size: int | None = None) -> Tensor:
+    """Which key (column) each query (row) sees: all before it, of its own block and the one before if in blocks."""
+    query, key = torch.arange(n)[:, None], torch.arange(n)
+    mask = key <= query
+    if block_size is not None:
+        mask = mask & (query // block_size - key // block_size <= 1)
+    return mask
+
+
+def grouped(q: Tensor, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
+    """Each of (b, g, m, d) with its heads repeated to those of q (b, h, n, d)."""
+    return tuple(t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in keys_and_values)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
+    """Softmax attention of q (b, h, n, d) on k, v (b, g, n, d) where mask (n, n) is True: (b, h, n, d), float64."""
+    k, v = grouped(q, k, v)
+    at = torch.arange(q.shape[-2])
+    logits = scores(q, k, at, at, encoding) / math.sqrt(q.shape[-1])
+    return logits.masked_fill(~mask, -math.inf).softmax(-1) @ v.double()
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
+    """SDPA in the dtype of q, k, v on exactly encoded inputs: how well that dtype can do.
+
+    Each query comes with keys of its own, decayed by their distance to it, so that no factor exceeds 1.
+    """
+    k, v = grouped(q, k, v)
+    b, h, n, d = q.shape
+    at = torch.arange(n)
+    distance = (at[:, None] - at).clamp(min=0)
+    rows = encode(q, at, None, encoding).to(q.dtype)
+    keys = encode(k[..., None, :, :].expand(b, h, n, n, d), at.expand(n, n), distance, encoding).to(q.dtype)
+    out = scaled_dot_product_attention(
+        rows.reshape(b * h * n, 1, 1, d),
+        keys.reshape(b * h * n, 1, n, d),
+        v[..., None, :, :].expand(b, h, n, n, d).reshape(b * h * n, 1, n, d),
+        attn_mask=mask.expand(b, h, n, n).reshape(b * h * n, 1, 1, n),
+    )
+    return out.reshape(b, h, n, d)
+
+
+def logit_size(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> float:
+    """The largest `score_sizes` of a visible key, over sqrt(d); at least 1."""
+    (k,) = grouped(q, k)
+    at = torch.arange(q.shape[-2])
+    sizes = score_sizes(q, k, at, at, encoding) / math.sqrt(q.shape[-1])
+    return max(1.0, sizes.masked_fill(~mask, 0).max().item()) if sizes.numel() else 1.0
+
+
+def assert_attends_exactly(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> None:
+    """Output, and gradients if q, k and v ask for them, within what rounding explains.
+
+    Halves: at most twice the error of `plain_attention`, which rounds once where the library may round twice. Wider:
+    scores have a relative error of 32 roundoffs (2e-6 in float32), which makes a logit of size L wrong by 32 L
+    roundoffs and a weight by twice that relatively; gradients use the weights twice.
+    """
+    expected = attention(q, k, v, mask, encoding)
+    plain = plain_attention(q, k, v, mask, encoding) if q.dtype in HALVES else None
+    compared = [(actual, expected, plain)]
+    if q.requires_grad:
+        upstream = normal(99, *actual.shape, dtype=actual.dtype)
+        compared += zip(
+            gradients(actual, upstream, (q, k, v)),
+            gradients(expected, upstream, (q, k, v)),
+            [None] * 3 if plain is None else gradients(plain, upstream, (q, k, v)),
+            strict=True,
+        )
+    wider = 32 * roundoff(q.dtype) * (1 + 4 * logit_size(q, k, mask, encoding))
+    for ours, exact, reachable in compared:
+        assert ours.dtype == q.dtype
+        assert ours.shape == exact.shape
+        assert ours.isfinite().all()
+        allowed = wider if reachable is None else 2 * relative_error(reachable, exact)
+        assert relative_error(ours, exact) <= allowed
+
+
+def multi_head_attention(module: MultiHeadAttention, x: Tensor, attend: Callable[..., Tensor] = attention) -> Tensor:
+    """What `module` gives for x (b, n, embed_dim), in the dtype of both: give it `double(module)` for the oracle."""
+    mask = visible(x.shape[1], module.block_size)
+    q, k, v = (
+        linear(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+        for linear in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    if module.temperature is not None:
+        seen = mask.sum(-1).double()
+        log = torch.log(seen / module.temperature.trained_length).clamp(min=0)
+        q = (q * (1 + module.temperature.coefficient * log)[:, None]).to(q.dtype)
+    assert isinstance(module.positions, RotaryEmbedding)
+    attended = attend(q, k, v, mask, encoding_of(module.positions))
+    return module.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+def double(module: M) -> M:
+    """A float64 copy."""
+    return copy.deepcopy(module).double()
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    """The largest relative error of rounding to dtype: 2^-24 for float32."""
+    return torch.finfo(dtype).eps / 2
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected| in the 2-norm over all entries; 0 if both are zero or empty."""
+    difference = (actual.double() - expected.double()).norm().item()
+    return difference / expected.double().norm().item() if difference else 0.0
+
+
+def gradients(output: Tensor, upstream: Tensor, inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """d(output . upstream) / d(each input)."""
+    return torch.autograd.grad(output, tuple(inputs), upstream.to(output.dtype))

@@ -1,0 +1,118 @@
+"""Dense causal attention, from one origin or, beyond its span, chunk by chunk.
+
+Axes: b batch, h heads, g key-value heads, n sequence, d head dimension.
+"""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import DTYPES, HALVES, Encoding, assert_attends_exactly, normal, relative_error, visible
+from torch import Tensor
+
+from xpos_zoo import XPOS, dense
+from xpos_zoo.dense import chunked_attention, dense_attention
+
+
+def inputs(n: int, b: int = 2, h: int = 4, g: int = 2, d: int = 8, dtype=torch.float32, grad: bool = True):
+    """q (b, h, n, d), k and v (b, g, n, d)."""
+    return [normal(i, b, heads, n, d, dtype=dtype).requires_grad_(grad) for i, heads in enumerate((h, g, g))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("g", [4, 2, 1], ids=["equal heads", "grouped", "multi-query"])
+@pytest.mark.parametrize(
+    ("encoding", "n"),
+    [
+        (Encoding(), 77),
+        (Encoding(512), 77),
+        (Encoding(512, interleaved=False), 40),
+        (Encoding(3), 101),  # in chunks in float16
+        (Encoding(0.7), 101),  # in chunks in every dtype
+        (Encoding(0.01), 20),  # one query at a time
+    ],
+)
+def test_attention_equals_the_formula(encoding, n, g, dtype):
+    q, k, v = inputs(n, g=g, dtype=dtype)
+    actual = dense_attention(q, k, v, encoding.module(8))
+    assert_attends_exactly(actual, q, k, v, visible(n), encoding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_attention_equals_the_formula_around_the_span_of_one_origin(more, dtype):
+    encoding = Encoding(0.9)
+    n = encoding.module(8).max_span(dtype) + more
+    q, k, v = inputs(n, dtype=dtype)
+    assert_attends_exactly(dense_attention(q, k, v, encoding.module(8)), q, k, v, visible(n), encoding)
+
+
+@given(
+    n=st.integers(0, 40), scale_base=st.sampled_from([0.05, 0.3, 1, 8, 512]), d=st.sampled_from([2, 6, 16]), b=st.integers(0, 2)
+)
+def test_attention_equals_the_formula_at_any_size(n, scale_base, d, b):
+    q, k, v = inputs(n, b=b, d=d)
+    encoding = Encoding(scale_base)
+    assert_attends_exactly(dense_attention(q, k, v, encoding.module(d)), q, k, v, visible(n), encoding)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("block_size", [5, 16, 40, 50])
+def test_the_chunk_size_does_not_matter(chunk, block_size, monkeypatch):
+    monkeypatch.setattr(dense, "QUERY_CHUNK", chunk)
+    q, k, v = inputs(50)
+    actual = chunked_attention(q, k, v, XPOS(8, 64), block_size)
+    assert_attends_exactly(actual, q, k, v, visible(50, block_size), Encoding(64))
+
+
+@pytest.mark.parametrize("scale_base", [512, 0.7], ids=["one origin", "in chunks"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("factor", [1, 30])
+def test_the_future_changes_nothing(scale_base, dtype, factor):
+    n, at = 60, 31
+    q, k, v = inputs(n, dtype=dtype, grad=False)
+    before = dense_attention(q, k, v, XPOS(8, scale_base))
+    for i, t in enumerate((q, k, v)):
+        t[..., at:, :] = factor * normal(10 + i, *t[..., at:, :].shape, dtype=dtype)
+    after = dense_attention(q, k, v, XPOS(8, scale_base))
+    assert torch.equal(after[..., :at, :], before[..., :at, :])
+    assert ((after != before)[..., at:, :]).any(-1).all()
+
+
+@pytest.mark.parametrize("scale_base", [512, 1])
+def test_the_past_counts(scale_base):
+    q, k, v = inputs(60, grad=False)
+    before = dense_attention(q, k, v, XPOS(8, scale_base))
+    v[..., 3, :] += 1
+    assert (dense_attention(q, k, v, XPOS(8, scale_base)) != before)[..., 3:, :].any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_hidden_future_scores_of_large_inputs_do_not_overflow(dtype):
+    """At exactly the longest sequence of one origin, where the factors of hidden scores are largest."""
+    encoding = Encoding(2)
+    n = encoding.module(8).max_span(dtype)
+    large = [8, 8, 1] if dtype == torch.float16 else [1000, 0.001, 1]
+    q, k, v = ((t.detach() * s).requires_grad_() for t, s in zip(inputs(n, dtype=dtype), large, strict=True))
+    assert_attends_exactly(dense_attention(q, k, v, encoding.module(8)), q, k, v, visible(n), encoding)
+
+
+def test_dropout_is_that_of_plain_attention_in_the_mean():
+    q, k, v = inputs(20, b=1, h=1, g=1, grad=False)
+    v = torch.ones_like(v)
+    torch.manual_seed(0)
+    dropped = dense_attention(q.expand(500, -1, -1, -1), k.expand(500, -1, -1, -1), v.expand(500, -1, -1, -1), XPOS(8), 0.5)
+    # Weights that sum to 1 are each doubled or dropped: mean 1, variance sum w^2 <= 1, over 500 samples; 5 sigma.
+    assert ((dropped.mean(0) - 1).abs() <= 5 / 500**0.5).all()
+    assert (dropped[:, :, 1:].std(0) > 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("scale_base", [512, 0.7], ids=["one origin", "in chunks"])
+def test_attention_equals_the_formula_on_cuda(scale_base, dtype):
+    q, k, v = inputs(101, d=16, dtype=dtype)
+    actual = dense_attention(q.cuda(), k.cuda(), v.cuda(), XPOS(16, scale_base)).cpu()
+    assert_attends_exactly(actual, q, k, v, visible(101), Encoding(scale_base))
+
+

@@ -1,0 +1,311 @@
+"""XPOS: the documented module, and the rotation that attention asks of it.
+
+Axes: b batch, h heads, n sequence, m keys, d head dimension.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from reference import (
+    DTYPES,
+    HALVES,
+    Encoding,
+    encode,
+    gradients,
+    normal,
+    relative_error,
+    roundoff,
+    score_sizes,
+    scores,
+    zeta,
+)
+
+from xpos_zoo import XPOS
+from xpos_zoo.rotary import RotaryEmbedding
+
+LEADING = ((), (2,), (2, 3), (1, 2, 3))
+FASTEST = math.log2(3.5)  # bits that the fastest pair decays in scale_base positions
+bases = st.sampled_from([0.5, 1.0, 4.0, 64.0, 100.5, 512.0, 4096.0])
+even = st.integers(1, 16).map(lambda i: 2 * i)
+
+
+def score_tolerance(dtype: torch.dtype) -> float:
+    """Relative to `score_sizes`: each of q and k is rounded once to a half; float32 has its contract."""
+    return 2 * roundoff(dtype) + 2e-6 if dtype in HALVES else 2e-6 * roundoff(dtype) / roundoff(torch.float32)
+
+
+def subnormal(dtype: torch.dtype) -> float:
+    """The absolute error of rounding the smallest numbers, which no relative bound covers: matters in float16 only."""
+    return torch.finfo(dtype).smallest_normal * roundoff(dtype)
+
+
+# The documented module
+
+
+def test_the_documented_examples_encode_by_the_formula():
+    xpos = XPOS(head_dim=256)
+    x = torch.randn(1, 10, 256)
+    output = xpos(x)
+    at = torch.arange(10)
+    # Cosine, decay, their product, the rotation's product and sum: five roundings.
+    assert relative_error(output, encode(x, at, at - 5, Encoding(512))) <= 5 * roundoff(torch.float32)
+
+    xpos = XPOS(head_dim=512)
+    x = torch.randn(1, 20, 512)
+    output = xpos(x, offset=2, downscale=True)
+    at = torch.arange(2, 22)
+    assert relative_error(output, encode(x, at, 11 - at, Encoding(512))) <= 5 * roundoff(torch.float32)
+
+
+def test_scale_has_torchscales_numbers():
+    published = torch.tensor([0.2857143, 0.4642857, 0.6428571, 0.8214286])
+    assert (XPOS(8).scale - published).abs().max() <= 5e-8 + roundoff(torch.float32)  # seven decimals are given
+
+
+@pytest.mark.parametrize(
+    ("length", "offset", "exponents"),
+    [(5, 0, [-3, -2, -1, 0, 1]), (6, 0, [-3, -2, -1, 0, 1, 2]), (5, 2, [-2, -1, 0, 1, 2]), (1, 7, [3])],
+)
+@pytest.mark.parametrize("downscale", [False, True])
+def test_exponents_are_torchscales(length, offset, exponents, downscale):
+    ones = torch.ones(length, 2, dtype=torch.float64)
+    grown = XPOS(2, scale_base=1)(ones, offset, downscale).norm(dim=-1) / math.sqrt(2)  # rotation keeps the norm
+    actual = grown.log() / math.log(2 / 7)
+    expected = torch.tensor(exponents).double() * (-1 if downscale else 1)
+    assert (actual - expected).abs().max() <= 8 * roundoff(torch.float64)
+
+
+@given(
+    head_dim=even,
+    total=st.integers(1, 24),
+    rows=st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    beyond=st.sampled_from([0, 0, 1000, 1_000_000]),
+    scale_base=bases,
+    dtype=st.sampled_from(DTYPES),
+    interleaved=st.booleans(),
+    leading=st.sampled_from(LEADING),
+)
+def test_queries_and_keys_that_end_together_score_by_the_formula(
+    head_dim, total, rows, beyond, scale_base, dtype, interleaved, leading
+):
+    n, m = (min(r, total) for r in rows)
+    total += beyond
+    bits = (total / 2 + 1) * FASTEST / scale_base  # the exponents' origin is in the middle
+    assume(bits <= (8 if dtype == torch.float16 else 60))
+    encoding = Encoding(scale_base, interleaved=interleaved)
+    q, k = normal(0, *leading, n, head_dim, dtype=dtype), normal(1, *leading, m, head_dim, dtype=dtype)
+    q_at, k_at = torch.arange(total - n, total), torch.arange(total - m, total)
+    xpos = encoding.module(head_dim)
+    assert isinstance(xpos, XPOS)
+    encoded_q, encoded_k = xpos(q, offset=total - n), xpos(k, offset=total - m, downscale=True)
+    assert encoded_q.dtype == encoded_k.dtype == dtype
+    error = (encoded_q.double() @ encoded_k.double().mT - scores(q, k, q_at, k_at, encoding)).abs()
+    tolerance = score_tolerance(dtype) * (1e6 if dtype == torch.float64 else 1)  # angles up to 1e6 in float64
+    underflow = subnormal(dtype) * (q.double().norm() + k.double().norm()) * 2**bits
+    assert (error <= tolerance * score_sizes(q, k, q_at, k_at, encoding) + underflow).all()
+
+
+def test_an_offset_tensor_counts_as_its_number():
+    x = normal(0, 2, 5, 8)
+    for offset in (torch.tensor(3), torch.tensor([3]), torch.tensor(3, dtype=torch.int32)):
+        assert torch.equal(XPOS(8)(x, offset), XPOS(8)(x, 3))
+
+
+# The rotation that attention asks for
+
+
+@given(
+    head_dim=even,
+    n=st.integers(1, 12),
+    m=st.integers(1, 12),
+    start=st.sampled_from([0, 1, 77, 4096, 999_988]),
+    lag=st.integers(-12, 12),
+    shift=st.integers(-20, 20),
+    scale_base=bases,
+    base=st.sampled_from([100.0, 10000.0]),
+    dtype=st.sampled_from(DTYPES),
+    interleaved=st.booleans(),
+    leading=st.sampled_from(LEADING),
+)
+def test_scores_equal_the_formula(head_dim, n, m, start, lag, shift, scale_base, base, dtype, interleaved, leading):
+    encoding = Encoding(scale_base, base, interleaved)
+    q_at, k_at, origin = torch.arange(n) + start, torch.arange(m) + start + lag, start + shift
+    bits = (torch.cat((q_at, k_at)) - origin).abs().max().item() * FASTEST / scale_base
+    assume(bits <= (8 if dtype == torch.float16 else 60))
+    q, k = normal(0, *leading, n, head_dim, dtype=dtype), normal(1, *leading, m, head_dim, dtype=dtype)
+    rotated_q, rotated_k = encoding.module(head_dim).rotate(q, k, q_at, k_at, origin)
+    assert rotated_q.dtype == rotated_k.dtype == dtype
+    error = (rotated_q.double() @ rotated_k.double().mT - scores(q, k, q_at, k_at, encoding)).abs()
+    underflow = subnormal(dtype) * (q.double().norm() + k.double().norm()) * 2**bits
+    tolerance = score_tolerance(dtype) * (16 if dtype == torch.float64 else 1)  # the oracle rounds, too
+    assert (error <= tolerance * score_sizes(q, k, q_at, k_at, encoding) + underflow).all()
+
+
+@pytest.mark.parametrize("start", [0, 65_536, 1_000_000])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_float32_scores_are_within_two_millionths_of_the_formula(start, interleaved):
+    q, k, at = normal(0, 2, 128, 64), normal(1, 2, 128, 64), torch.arange(128) + start
+    encoding = Encoding(512, interleaved=interleaved)
+    rotated_q, rotated_k = encoding.module(64).rotate(q, k, at, at, origin=start + 64)
+    assert relative_error(rotated_q.double() @ rotated_k.double().mT, scores(q, k, at, at, encoding)) <= 2e-6
+
+
+@given(st.integers(-10_000_000, 10_000_000), st.integers(-40, 40))
+def test_scores_do_not_depend_on_the_origin(start, shift):
+    q, k, at = normal(0, 7, 8), normal(1, 7, 8), torch.arange(7)
+    xpos = XPOS(8, scale_base=4)
+    first, second = (
+        a.double() @ b.double().mT
+        for a, b in (xpos.rotate(q, k, at, at), xpos.rotate(q, k, at + start, at + start, origin=start + shift))
+    )
+    sizes = score_sizes(q, k, at, at, Encoding(4))
+    assert ((first - second).abs() <= 2 * 2e-6 * sizes).all()  # each within its contract
+
+
+def test_positions_may_differ_between_rows_of_the_batch():
+    q, k = normal(0, 2, 3, 4, 8), normal(1, 2, 3, 4, 8)
+    at = torch.tensor([[0, 1, 2, 3], [100, 90, 7, 8]])[:, None]
+    origin = torch.tensor([[[0]], [[50]]])
+    rotated_q, rotated_k = XPOS(8, 16).rotate(q, k, at, at, origin)
+    expected = scores(q, k, at, at, Encoding(16))
+    assert relative_error(rotated_q.double() @ rotated_k.double().mT, expected) <= 2e-6
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_gradients_are_those_of_the_formula(interleaved):
+    xpos, at = XPOS(6, scale_base=3, interleaved=interleaved), torch.arange(3)
+    q, k = (normal(i, 2, 3, 6, dtype=torch.float64).requires_grad_() for i in range(2))
+    assert torch.autograd.gradcheck(lambda q, k: xpos.rotate(q, k, at + 5, at, origin=2), (q, k))
+    assert torch.autograd.gradcheck(lambda q: xpos(q, 4, downscale=True), (q,))
+
+    q, k = (normal(i, 2, 40, 6).requires_grad_() for i in range(2))
+    at, upstream = torch.arange(40), normal(2, 2, 40, 40)
+    rotated_q, rotated_k = xpos.rotate(q, k, at, at, origin=20)
+    actual = gradients(rotated_q @ rotated_k.mT, upstream, (q, k))
+    expected = gradients(scores(q, k, at, at, Encoding(3, interleaved=interleaved)), upstream, (q, k))
+    for one, other in zip(actual, expected, strict=True):
+        # The contract for scores, and a sum of 40 products in float32.
+        assert relative_error(one, other) <= 2e-6 + 40 * roundoff(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("scale_base", [0.1, 1, 64, 512, 1e6])
+def test_no_factor_within_max_span_overflows(dtype, scale_base):
+    xpos = XPOS(8, scale_base)
+    span = xpos.max_span(dtype)
+    ends = torch.tensor([0, span - 1])
+    rotated = torch.cat(xpos.rotate(torch.ones(2, 8), torch.ones(2, 8), ends, ends, origin=span // 2))
+    # Pairs (1, 1) have norm sqrt 2; one position of slack since an origin is an integer.
+    limit = math.sqrt(2) * 2 ** (8 if dtype == torch.float16 else 32) * (1 + 2e-6)
+    assert rotated.abs().max() <= limit
+    further = torch.tensor([0, 2 * span + 2])
+    rotated = torch.cat(xpos.rotate(torch.ones(2, 8), torch.ones(2, 8), further, further, origin=span + 1))
+    assert rotated.unflatten(-1, (-1, 2)).norm(dim=-1).max() > limit  # so the span is not needlessly short
+
+
+# Precision and state
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
+def test_casting_the_module_changes_no_output(cast):
+    x, at = normal(0, 2, 3000, 8), torch.arange(3000)
+    fresh, cast_module = XPOS(8), getattr(XPOS(8), cast)()
+    assert torch.equal(cast_module(x), fresh(x))
+    assert torch.equal(cast_module.scale, fresh.scale)
+    for one, other in zip(cast_module.rotate(x, x, at, at, 1500), fresh.rotate(x, x, at, at, 1500), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("module", [XPOS(8), RotaryEmbedding(8)], ids=["xpos", "rotary"])
+def test_autocast_changes_no_output(module):
+    x, at = normal(0, 2, 3000, 8), torch.arange(3000)
+    expected = module(x), *module.rotate(x, x, at, at, 1500)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = module(x), *module.rotate(x, x, at, at, 1500)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("before", DTYPES)
+def test_earlier_calls_leave_no_trace(before):
+    x, xpos = normal(0, 2, 50, 8), XPOS(8)
+    xpos(normal(1, 1, 3000, 8, dtype=before), offset=7)
+    assert torch.equal(xpos(x), XPOS(8)(x))
+
+
+@pytest.mark.parametrize("saved_as", [torch.float32, *HALVES])
+def test_a_module_made_on_the_meta_device_computes_as_a_fresh_one(saved_as):
+    with torch.device("meta"):
+        xpos = XPOS(8)
+    xpos.to_empty(device="cpu")
+    assert torch.equal(xpos.scale, XPOS(8).scale)
+    xpos.load_state_dict({"scale": XPOS(8).scale.to(saved_as)})
+    x = normal(0, 2, 50, 8)
+    assert torch.equal(xpos(x), XPOS(8)(x))
+    assert torch.equal(xpos.scale, XPOS(8).scale)
+
+
+def test_a_torchscale_state_dict_loads():
+    theirs = torch.nn.Module()
+    theirs.register_buffer("scale", (torch.arange(0, 64, 2) + 0.4 * 64) / (1.4 * 64))
+    for assign in (False, True):
+        XPOS(64).load_state_dict(theirs.state_dict(), assign=assign)
+    assert list(XPOS(64).state_dict()) == ["scale"]
+
+
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        (zeta(8).flip(0), "scale must be (i / (head_dim/2) + 0.4) / 1.4 for head_dim=8, got"),
+        (zeta(8) * 1.01, "scale must be"),
+        (torch.full((4,), math.nan), "scale must be"),
+        (zeta(16), "size mismatch for scale"),
+    ],
+)
+def test_a_wrong_scale_is_refused_and_leaves_ours(scale, said):
+    xpos = XPOS(8)
+    with pytest.raises(RuntimeError) as raised:
+        xpos.load_state_dict({"scale": scale})
+    assert said in str(raised.value)
+    assert torch.equal(xpos.scale, XPOS(8).scale)
+
+
+def test_scale_base_may_be_changed_on_a_made_module():
+    x, xpos = normal(0, 2, 50, 8), XPOS(8)
+    xpos.scale_base = 64
+    assert torch.equal(xpos(x), XPOS(8, 64)(x))
+    assert torch.equal(copy.deepcopy(xpos)(x), xpos(x))
+
+
+def test_an_empty_sequence_stays_empty():
+    empty = torch.empty(2, 0, 8)
+    assert XPOS(8)(empty).shape == XPOS(8)(empty, offset=5, downscale=True).shape == empty.shape
+
+
+x = torch.zeros(2, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: XPOS(7), "head_dim must be even and above 0, got 7"),
+        (lambda: XPOS(0), "head_dim must be even and above 0, got 0"),
+        (lambda: XPOS(8, 0), "scale_base must be above 0 and finite, got 0"),
+        (lambda: XPOS(8, -4), "scale_base must be above 0 and finite, got -4"),
+        (lambda: XPOS(8, math.inf), "scale_base must be above 0 and finite, got inf"),
+        (lambda: XPOS(8, math.nan), "scale_base must be above 0 and finite, got nan"),
+        (lambda: setattr(XPOS(8), "scale_base", 0), "scale_base must be above 0 and finite, got 0"),
+        (lambda: XPOS(8, base=-1), "base must be above 0, got -1"),
+        (lambda: XPOS(6)(x), "x must have shape (..., seq_len, head_dim=6), got (2, 5, 8)"),
+        (lambda: XPOS(8)(x[0, 0]), "x must have shape (..., seq_len, head_dim=8), got (8,)"),
+        (lambda: XPOS(8)(x.int()), "x must have a floating-point dtype, got torch.int32"),
+        (lambda: XPOS(8)(x, -3), "offset must be 0 or above, got -3"),
+    ],
+)
+def test_errors_name_the_argument_its_value_and_what_is_allowed(call, said):
+    with pytest.raises(ValueError, match="must") as raised:
+        call()
+    assert said in str(raised.value)
