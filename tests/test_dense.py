@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import DTYPES, HALVES, Encoding, assert_attends_exactly, normal, relative_error, visible
-from torch import Tensor
+from reference import DTYPES, HALVES, Encoding, assert_attends_exactly, normal, visible
 
 from xpos_zoo import XPOS, dense
 from xpos_zoo.dense import chunked_attention, dense_attention
@@ -48,7 +47,10 @@ def test_attention_equals_the_formula_around_the_span_of_one_origin(more, dtype)
 
 
 @given(
-    n=st.integers(0, 40), scale_base=st.sampled_from([0.05, 0.3, 1, 8, 512]), d=st.sampled_from([2, 6, 16]), b=st.integers(0, 2)
+    n=st.integers(0, 40),
+    scale_base=st.sampled_from([0.05, 0.3, 1, 8, 512]),
+    d=st.sampled_from([2, 6, 16]),
+    b=st.integers(0, 2),
 )
 def test_attention_equals_the_formula_at_any_size(n, scale_base, d, b):
     q, k, v = inputs(n, b=b, d=d)
@@ -101,7 +103,9 @@ def test_dropout_is_that_of_plain_attention_in_the_mean():
     q, k, v = inputs(20, b=1, h=1, g=1, grad=False)
     v = torch.ones_like(v)
     torch.manual_seed(0)
-    dropped = dense_attention(q.expand(500, -1, -1, -1), k.expand(500, -1, -1, -1), v.expand(500, -1, -1, -1), XPOS(8), 0.5)
+    dropped = dense_attention(
+        q.expand(500, -1, -1, -1), k.expand(500, -1, -1, -1), v.expand(500, -1, -1, -1), XPOS(8), 0.5
+    )
     # Weights that sum to 1 are each doubled or dropped: mean 1, variance sum w^2 <= 1, over 500 samples; 5 sigma.
     assert ((dropped.mean(0) - 1).abs() <= 5 / 500**0.5).all()
     assert (dropped[:, :, 1:].std(0) > 0).all()
@@ -114,5 +118,3 @@ def test_attention_equals_the_formula_on_cuda(scale_base, dtype):
     q, k, v = inputs(101, d=16, dtype=dtype)
     actual = dense_attention(q.cuda(), k.cuda(), v.cuda(), XPOS(16, scale_base)).cpu()
     assert_attends_exactly(actual, q, k, v, visible(101), Encoding(scale_base))
-
-

@@ -1,0 +1,15 @@
+"""`make demo`: train xPos and RoPE from their configurations, then measure both far beyond the trained length."""
+
+from train.__main__ import main as run
+from train.extrapolate import extrapolate
+
+
+def demo() -> None:
+    """Started again, it goes on where it was: a finished run is not trained again, a finished cell not measured."""
+    for config in ("configs/xpos.yaml", "configs/rotary.yaml"):
+        run(["fit", "--config", config])
+    extrapolate(["runs/xpos", "runs/rotary"])
+
+
+if __name__ == "__main__":
+    demo()
