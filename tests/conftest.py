@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis without clocks or chance, a fresh compiler, no GPU tests without a GPU."""
+"""What all tests share: hypothesis without chance, one thread, a fresh compiler, no GPU tests without a GPU."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ settings.register_profile(
     "repeatable", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("repeatable")
+
+torch.set_num_threads(1)  # tensors are small: many threads would mostly wait for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

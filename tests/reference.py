@@ -59,11 +59,19 @@ def channels(z: Tensor, interleaved: bool = True) -> Tensor:
     return torch.stack((z.real, z.imag), -1).flatten(-2) if interleaved else torch.cat((z.real, z.imag), -1)
 
 
-def scores(q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding) -> Tensor:
-    """The formula above for q (..., n, d) and k (..., m, d): (..., n, m)."""
+def distances(q_positions: Tensor, k_positions: Tensor, mask: Tensor | None) -> Tensor:
+    """n - m for each query and key; 0 where a mask hides the key, since the true future score may be infinite."""
+    distance = (q_positions[..., :, None] - k_positions[..., None, :]).double()
+    return distance if mask is None else distance.masked_fill(~mask, 0)
+
+
+def scores(
+    q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding, mask: Tensor | None = None
+) -> Tensor:
+    """The formula above for q (..., n, d) and k (..., m, d): (..., n, m); only finite where mask (n, m) is False."""
     head_dim = q.shape[-1]
     q, k = pairs(q, encoding.interleaved), pairs(k, encoding.interleaved)
-    distance = (q_positions[..., :, None] - k_positions[..., None, :]).double()
+    distance = distances(q_positions, k_positions, mask)
     total = torch.zeros((), dtype=torch.float64)
     for i in range(head_dim // 2):
         turn = torch.exp(1j * distance * theta(head_dim, encoding.base)[i])
@@ -72,11 +80,13 @@ def scores(q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encod
     return total
 
 
-def score_sizes(q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding) -> Tensor:
+def score_sizes(
+    q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding, mask: Tensor | None = None
+) -> Tensor:
     """sum_i zeta_i^((n - m) / s) |q_i| |k_i|: what errors in the factors of a score are relative to."""
     head_dim = q.shape[-1]
     q, k = pairs(q, encoding.interleaved).abs(), pairs(k, encoding.interleaved).abs()
-    distance = (q_positions[..., :, None] - k_positions[..., None, :]).double()
+    distance = distances(q_positions, k_positions, mask)
     total = torch.zeros((), dtype=torch.float64)
     for i in range(head_dim // 2):
         decay = 1 if encoding.scale_base is None else zeta(head_dim)[i] ** (distance / encoding.scale_base)
@@ -107,12 +117,17 @@ def grouped(q: Tensor, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in keys_and_values)
 
 
+def logits(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
+    """Scaled scores of q (b, h, n, d) and k (b, g, n, d), minus infinity where mask (n, n) is False: (b, h, n, n)."""
+    (k,) = grouped(q, k)
+    at = torch.arange(q.shape[-2])
+    return (scores(q, k, at, at, encoding, mask) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """Softmax attention of q (b, h, n, d) on k, v (b, g, n, d) where mask (n, n) is True: (b, h, n, d), float64."""
-    k, v = grouped(q, k, v)
-    at = torch.arange(q.shape[-2])
-    logits = scores(q, k, at, at, encoding) / math.sqrt(q.shape[-1])
-    return logits.masked_fill(~mask, -math.inf).softmax(-1) @ v.double()
+    (many_v,) = grouped(q, v)
+    return logits(q, k, mask, encoding).softmax(-1) @ many_v.double()
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
@@ -135,39 +150,54 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
     return out.reshape(b, h, n, d)
 
 
-def logit_size(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> float:
-    """The largest `score_sizes` of a visible key, over sqrt(d); at least 1."""
+def logit_sizes(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
+    """`score_sizes` over sqrt(d) of q (b, h, n, d) and k (b, g, n, d), 0 where mask is False: (b, h, n, n)."""
     (k,) = grouped(q, k)
     at = torch.arange(q.shape[-2])
-    sizes = score_sizes(q, k, at, at, encoding) / math.sqrt(q.shape[-1])
-    return max(1.0, sizes.masked_fill(~mask, 0).max().item()) if sizes.numel() else 1.0
+    return (score_sizes(q, k, at, at, encoding, mask) / math.sqrt(q.shape[-1])).masked_fill(~mask, 0)
+
+
+def unsigned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding, upstream: Tensor) -> tuple[Tensor, ...]:
+    """How large output and gradients of q, k, v were if no term cancelled another: what errors are relative to.
+
+    With weights p and dp = upstream v^T, a logit's gradient is p (dp - sum p dp).
+    """
+    q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
+    (many_v,) = grouped(q, v)
+    p = logits(q, k, mask, encoding).softmax(-1).detach()
+    dp = upstream.double().abs() @ many_v.detach().abs().mT
+    output = p @ many_v.abs()
+    through_logits = p * (dp + (p * dp).sum(-1, keepdim=True))
+    return (
+        output,
+        *gradients(logit_sizes(q, k, mask, encoding), through_logits, (q, k)),
+        *gradients(output, upstream.abs(), (v,)),
+    )
 
 
 def assert_attends_exactly(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> None:
     """Output, and gradients if q, k and v ask for them, within what rounding explains.
 
-    Halves: at most twice the error of `plain_attention`, which rounds once where the library may round twice. Wider:
-    scores have a relative error of 32 roundoffs (2e-6 in float32), which makes a logit of size L wrong by 32 L
-    roundoffs and a weight by twice that relatively; gradients use the weights twice.
+    Scores have a relative error of 32 roundoffs (2e-6 in float32), which makes a logit of size L wrong by 32 L
+    roundoffs, and a weight by twice that relatively; gradients use the weights twice. Halves compute in float32; on
+    top they may have twice the error of `plain_attention`, which rounds once where the library may round twice.
     """
-    expected = attention(q, k, v, mask, encoding)
-    plain = plain_attention(q, k, v, mask, encoding) if q.dtype in HALVES else None
-    compared = [(actual, expected, plain)]
-    if q.requires_grad:
-        upstream = normal(99, *actual.shape, dtype=actual.dtype)
-        compared += zip(
-            gradients(actual, upstream, (q, k, v)),
-            gradients(expected, upstream, (q, k, v)),
-            [None] * 3 if plain is None else gradients(plain, upstream, (q, k, v)),
-            strict=True,
-        )
-    wider = 32 * roundoff(q.dtype) * (1 + 4 * logit_size(q, k, mask, encoding))
-    for ours, exact, reachable in compared:
+    upstream = normal(99, *actual.shape, dtype=q.dtype)
+
+    def with_gradients(output: Tensor) -> tuple[Tensor, ...]:
+        return (output, *gradients(output, upstream, (q, k, v))) if q.requires_grad else (output,)
+
+    expected = with_gradients(attention(q, k, v, mask, encoding))
+    plain = with_gradients(plain_attention(q, k, v, mask, encoding)) if q.dtype in HALVES else expected
+    sizes = unsigned(q, k, v, mask, encoding, upstream)
+    logit = logit_sizes(q, k, mask, encoding).max().item() if q.numel() else 0
+    computing = 32 * (1 + 4 * logit) * roundoff(torch.promote_types(q.dtype, torch.float32))
+    for ours, exact, reachable, size in zip(with_gradients(actual), expected, plain, sizes, strict=False):
         assert ours.dtype == q.dtype
         assert ours.shape == exact.shape
         assert ours.isfinite().all()
-        allowed = wider if reachable is None else 2 * relative_error(reachable, exact)
-        assert relative_error(ours, exact) <= allowed
+        allowed = computing * size.norm() + 2 * difference(reachable, exact) + roundoff(q.dtype) * exact.norm()
+        assert difference(ours, exact) <= allowed
 
 
 def multi_head_attention(module: MultiHeadAttention, x: Tensor, attend: Callable[..., Tensor] = attention) -> Tensor:
@@ -200,10 +230,15 @@ def roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| in the 2-norm over all entries."""
+    return (actual.double() - expected.double()).norm().item()
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected| in the 2-norm over all entries; 0 if both are zero or empty."""
-    difference = (actual.double() - expected.double()).norm().item()
-    return difference / expected.double().norm().item() if difference else 0.0
+    """`difference` over |expected|; 0 if both are zero or empty."""
+    error = difference(actual, expected)
+    return error / expected.double().norm().item() if error else 0.0
 
 
 def gradients(output: Tensor, upstream: Tensor, inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
