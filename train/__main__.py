@@ -1,18 +1,24 @@
 """`python -m train fit --config configs/xpos.yaml`: train, validate and test from YAML with Lightning."""
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError
+from jsonargparse.typing import restricted_number_type
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from train.checkpoint import check_fits, load_checkpoint
-from train.errors import UserError, told_in_one_line
+from train.checkpoint import CheckpointFiles, check_fits, load_checkpoint
+from train.errors import UserError, explained, told_in_one_line
+from train.files import replacing
 from train.language_model import DEFAULT_SCALE_BASE, LanguageModel
 from train.text import TextData
+
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # what NumPy takes
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -20,9 +26,8 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
-            self.parser.save(
-                self.config, config_of(Path(trainer.default_root_dir)), skip_none=False, overwrite=True, multifile=False
-            )
+            with replacing(config_of(Path(trainer.default_root_dir))) as draft:
+                self.parser.save(self.config, draft, skip_none=False, overwrite=True, multifile=False)
 
 
 def config_of(run: Path) -> Path:
@@ -44,7 +49,7 @@ class RunCLI(LightningCLI):
     """Lightning's command line, with a folder a run: <runs>/<name>/seed<seed>.
 
     `fit` goes on from the folder's last checkpoint, and does nothing if that run is finished; `validate` and `test`
-    read it. A folder that holds a run of another model, data or seed is left alone.
+    read it. A folder that holds a run of another model, data, seed or number of steps is left alone.
     """
 
     @staticmethod
@@ -52,11 +57,20 @@ class RunCLI(LightningCLI):
         commands = LightningCLI.subcommands()
         return {name: commands[name] | {"weights_only"} for name in ("fit", "validate", "test")}
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed_everything", type=Seed, default=1, help="Seed of weights and of the data's order.")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run; default: the config's.")
         parser.add_argument("--runs", type=str, default="runs", help="Folder for all runs.")
         parser.link_arguments("data.context_length", "model.context_length")
-        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise explained(error, self._subcommand_parsers["fit"]) from error
 
     def _parse_ckpt_path(self) -> None:
         """Keep to the configuration: Lightning would let the checkpoint's hyperparameters override it in silence."""
@@ -78,11 +92,11 @@ class RunCLI(LightningCLI):
                 "windows, so it has no epochs"
             )
         positions = self.options.model.positions
-        if (positions.get("init_args") or {}).get(
-            "scale_base"
-        ) == DEFAULT_SCALE_BASE:  # record what LanguageModel makes of it
-            given = self.options.model.scale_base
+        if (positions.get("init_args") or {}).get("scale_base") == DEFAULT_SCALE_BASE:
+            given = self.options.model.scale_base  # record what LanguageModel makes of it
             positions.init_args.scale_base = self.options.data.context_length / 2 if given is None else given
+        if self.options.trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"] = [ProgressBar()]
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         folder = self.run_folder
@@ -91,22 +105,31 @@ class RunCLI(LightningCLI):
                 TensorBoardLogger(folder, name=None, version="tensorboard"),
                 CSVLogger(folder, name="metrics"),
             ]
-        trainer = super().instantiate_trainer(default_root_dir=str(folder), **kwargs)
+        if self.options.trainer.plugins is None:
+            kwargs["plugins"] = [CheckpointFiles()]
+        try:
+            trainer = super().instantiate_trainer(default_root_dir=str(folder), **kwargs)
+        except ValueError as error:
+            raise UserError(f"trainer: {error}") from error
         for callback in trainer.checkpoint_callbacks:
             if getattr(callback, "dirpath", "") is None:
                 callback.dirpath = str(last_checkpoint_of(folder).parent)  # type: ignore[attr-defined]
         return trainer
 
     def fit(self, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        last = last_checkpoint_of(self.run_folder)
-        if ckpt_path is None and last.exists():
+        folder, steps = self.run_folder, self.trainer.max_steps
+        last = last_checkpoint_of(folder)
+        if last.exists():
             self._check_same_run()
-            ckpt_path = str(last)
-        if ckpt_path is not None and self._checkpoint(ckpt_path)["global_step"] >= self.trainer.max_steps:
-            print(f"{self.run_folder} is finished: {ckpt_path} has all {self.trainer.max_steps} steps")
+            ckpt_path = ckpt_path or str(last)
+        done = self._steps_to_go_on_from(ckpt_path) if ckpt_path else 0
+        if done >= steps:
+            self.trainer.print(f"{folder} is finished: {ckpt_path} has all {steps} steps")
             return
+        self.datamodule.setup("fit")  # complains about the text before the trainer writes its first file
+        self.trainer.print(f"{folder}: steps {done + 1} to {steps} on {self.trainer.strategy.root_device}")
         self.trainer.fit(weights_only=True, ckpt_path=ckpt_path, **kwargs)
-        if self.trainer.global_step >= self.trainer.max_steps:
+        if self.trainer.global_step >= steps and not self.options.trainer.fast_dev_run:
             self.trainer.save_checkpoint(last, weights_only=False)
 
     def validate(self, ckpt_path: str | None = None, **kwargs: Any) -> None:
@@ -125,17 +148,36 @@ class RunCLI(LightningCLI):
         check_fits(checkpoint["state_dict"], self.model, Path(path))
         return checkpoint
 
+    def _steps_to_go_on_from(self, path: str) -> int:
+        checkpoint = self._checkpoint(path)
+        if "optimizer_states" not in checkpoint:
+            raise UserError(f"{path} holds weights alone; training goes on only from one with the optimizer's state")
+        return checkpoint["global_step"]
+
     def _check_same_run(self) -> None:
-        """A folder's run goes on only with the model, data and seed that it was begun with."""
-        path = config_of(self.run_folder)
-        begun = yaml.safe_load(path.read_text())
+        """A folder's run goes on only with the model, data, seed and number of steps that it was begun with."""
+        begun = read_config(config_of(self.run_folder))
         now = yaml.safe_load(self._parser(self.subcommand).dump(self.options, skip_none=False))
-        for group in ("seed_everything", "model", "data"):
+        for config in (begun, now):
+            config["trainer"] = {"max_steps": config["trainer"]["max_steps"]}  # the learning rate's course hangs on it
+        for group in ("seed_everything", "model", "data", "trainer"):
             if begun.get(group) != now.get(group):
                 raise UserError(
                     f"{self.run_folder} holds a run of another configuration ({difference(begun, now, group)}); "
                     "give this one a --name of its own, or remove that folder"
                 )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text())
+        config["trainer"]["max_steps"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is missing or damaged, so what the checkpoints beside it were trained with is not known; "
+            "remove that folder, or give this run a --name of its own"
+        ) from error
+    return config
 
 
 def difference(begun: dict[str, Any], now: dict[str, Any], key: str) -> str:
@@ -150,16 +192,21 @@ def difference(begun: dict[str, Any], now: dict[str, Any], key: str) -> str:
 def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+    for part in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(part).setLevel(logging.WARNING)
     with told_in_one_line():
         RunCLI(
             LanguageModel,
             TextData,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
-            seed_everything_default=1,
-            trainer_defaults={"use_distributed_sampler": False, "callbacks": [ProgressBar()]},
+            trainer_defaults={"use_distributed_sampler": False},
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={
+                "prog": "python -m train",
+                "description": "Train, validate or test a language model from YAML.",
+                "exit_on_error": False,
+            },
             args=args,
         )
 

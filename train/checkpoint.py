@@ -1,12 +1,24 @@
-"""Reading checkpoints: whole, safely, and with an explanation where they do not fit."""
+"""Checkpoints: written whole, read safely, and with an explanation where they do not fit."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from train.errors import UserError
+from train.files import replacing
+
+CONTENT = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step"}
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's own brings its draft from the temporary folder, often another disk: a copy that can be cut short."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with replacing(Path(path)) as draft:
+            super().save_checkpoint(checkpoint, draft, storage_options)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -16,13 +28,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UserError: the file is missing, truncated, or no checkpoint of this trainer.
     """
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        raise UserError(f"there is no checkpoint {path}; `python -m train fit` writes one")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no exception type of its own for a damaged file
-        raise UserError(f"{path} is not a whole checkpoint: damaged, truncated, or of another kind") from error
-    if not isinstance(content, dict) or "state_dict" not in content or "hyper_parameters" not in content:
-        raise UserError(f"{path} is not a checkpoint of this trainer: it holds no state_dict and hyper_parameters")
+        raise UserError(
+            f"{path} is no checkpoint, or a damaged one: give one that `python -m train fit` wrote, or remove it"
+        ) from error
+    if not isinstance(content, dict) or not content.keys() >= CONTENT:
+        raise UserError(f"{path} is no checkpoint of this trainer: one holds {', '.join(sorted(CONTENT))}")
     return content
 
 

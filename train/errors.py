@@ -1,21 +1,44 @@
 """What a user can mend is told in one line."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
 
 
 class UserError(ValueError):
     """A wrong input: its message names what is wrong and what would be right."""
 
 
+def explained(error: ArgumentError, parser: ArgumentParser) -> UserError:
+    """The error, and what would be right where jsonargparse does not say so."""
+    message = str(error)
+    if unknown := UNKNOWN_OPTION.search(message):
+        nearest = get_close_matches(unknown[1], [action.dest for action in parser._actions], n=1)
+        message += f"; did you mean {nearest[0]}?" if nearest else "; --help lists what there is"
+    elif 'key "model.positions"' in message:
+        message = f"{message.rstrip('.')}; right are XPOS, RotaryEmbedding, or the import path of a class"
+    elif "Unexpected config" in message:
+        message += "; a configuration file holds a mapping: data: ..., model: ..., trainer: ..."
+    elif message.endswith("Got value: None"):
+        message += "; it has no default, so set it in YAML or on the command line"
+    return UserError(message)
+
+
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Turn a `UserError`, or a configuration that does not parse, into one line on stderr and exit status 2."""
+    """Turn what a user can mend into one line on stderr and exit status 2, an interruption into 130."""
     try:
         yield
-    except (UserError, ArgumentError) as error:
+    except (UserError, ArgumentError, MisconfigurationException, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)

@@ -1,4 +1,4 @@
-"""`python -m train.extrapolate runs/xpos runs/rotary`: loss against context length for finished runs.
+"""`python -m train.extrapolate runs/xpos runs/rotary`: loss against context length for trained runs.
 
 Every context length predicts the same targets, the last L/2 bytes of windows from held-out documents; only how much
 comes before them varies. L/2 targets are one whole block of blockwise attention, so that every phase of a block counts
@@ -8,18 +8,19 @@ once and targets see the same number of keys at every context from L on.
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from train.checkpoint import load_checkpoint
-from train.errors import UserError, told_in_one_line
+from train.errors import UserError, explained, told_in_one_line
+from train.files import replacing
 from train.language_model import LanguageModel
 from train.report import write_report
 from train.text import Document, TextData
@@ -47,8 +48,10 @@ class Settings:
     """What two measurements must share to be compared."""
 
     context_length: int
+    steps: int
     longest: int
     windows: int
+    text_sha256: str
     temperature: float
     data: dict[str, Any]
 
@@ -76,46 +79,64 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training: its folder, its encoding and seed, and where its weights are."""
+    """A training: its folder, its encoding and seed, where its weights are, and after how many steps."""
 
     folder: Path
     checkpoint: Path
     encoding: str
     seed: int
+    steps: int
     data: dict[str, Any]
 
     def model(self, device: torch.device) -> Transformer:
-        module = LanguageModel.load_from_checkpoint(self.checkpoint, map_location=device, weights_only=True)
+        try:
+            module = LanguageModel.load_from_checkpoint(self.checkpoint, map_location=device, weights_only=True)
+        except RuntimeError as error:
+            raise UserError(f"{self.checkpoint} does not hold the weights of its own model: {error}") from error
         return module.transformer.eval()
 
 
 def find_runs(folders: list[str]) -> list[Run]:
-    """The finished runs in and below the folders.
+    """The runs in and below the folders.
 
     Raises:
-        UserError: a folder does not exist or holds no run, or a checkpoint is damaged.
+        UserError: a folder does not exist or holds no run, a checkpoint is damaged, or the runs are not comparable.
     """
-    runs = []
+    paths: dict[Path, None] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"runs: there is no folder {str(folder)!r}")
         checkpoints = sorted(folder.rglob("checkpoints/last.ckpt"))
         if not checkpoints:
-            raise UserError(f"runs: there is no checkpoint in {str(folder)!r}; `python -m train fit` makes one")
-        for path in checkpoints:
-            content = load_checkpoint(path)
-            model, data = dict(content["hyper_parameters"]), dict(content["datamodule_hyper_parameters"])
-            encoding = str(model["positions"]["class_path"]).rpartition(".")[2]
-            seed = data.pop("seed")
-            data = {name: data[name] for name in ("context_length", "paths", "val_fraction", "test_fraction")}
-            runs.append(Run(path.parent.parent, path, ENCODINGS.get(encoding, encoding), seed, data))
+            raise UserError(f"runs: there is no checkpoint in {str(folder)!r}; `python -m train fit` writes one")
+        paths |= dict.fromkeys(checkpoints)
+    runs = [read_run(path) for path in paths]
     for run in runs[1:]:
         if run.data != runs[0].data:
             raise UserError(
                 f"runs: {run.folder} and {runs[0].folder} differ in data or context length, so they have no common "
                 f"targets: {run.data} and {runs[0].data}"
             )
+        if run.steps != runs[0].steps:
+            raise UserError(
+                f"runs: {run.folder} has {run.steps} steps and {runs[0].folder} has {runs[0].steps}; `python -m train "
+                "fit` goes on with one that was interrupted"
+            )
     return runs
+
+
+def read_run(path: Path) -> Run:
+    content = load_checkpoint(path)
+    data = content["datamodule_hyper_parameters"]
+    encoding = str(content["hyper_parameters"]["positions"]["class_path"]).rpartition(".")[2]
+    return Run(
+        folder=path.parent.parent,
+        checkpoint=path,
+        encoding=ENCODINGS.get(encoding, encoding),
+        seed=data["seed"],
+        steps=content["global_step"],
+        data={name: data[name] for name in ("context_length", "paths", "val_fraction", "test_fraction")},
+    )
 
 
 def choose_windows(documents: list[Document], length: int, count: int) -> tuple[Tensor, list[str]]:
@@ -205,13 +226,15 @@ def extrapolate(
         raise UserError(f"temperature must be 0 or above, got {temperature}")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device must be auto, cpu or cuda, got {device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, and there is none here; give auto or cpu")
     found = find_runs(runs)
-    settings = Settings(found[0].data["context_length"], longest, windows, temperature, found[0].data)
-    if settings.context_length % 4:
-        raise UserError(f"runs: the context length must be a multiple of 4, got {settings.context_length}")
-    documents = TextData(**found[0].data).documents("test")
-    text, names = choose_windows(documents, settings.contexts[-1] + 1, windows)
-    settings = replace(settings, windows=len(text))
+    data, length = found[0].data, found[0].data["context_length"]
+    if length % 4:
+        raise UserError(f"runs: the context length must be a multiple of 4, got {length}")
+    text, names = choose_windows(TextData(**data).documents("test"), longest * length + 1, windows)
+    text_sha256 = hashlib.sha256(text.numpy().tobytes()).hexdigest()
+    settings = Settings(length, found[0].steps, longest, len(text), text_sha256, temperature, data)
 
     folder = Path(output)
     cells = [(cell_of(run, mode), run, mode) for mode in settings.modes() for run in found]
@@ -225,8 +248,9 @@ def extrapolate(
             progress.set_description(f"{run.encoding} seed {run.seed}, {mode.label}")
             measured[key_of(cell)] = cell | measure(run.model(text.device), mode, text, settings, progress)
             results = {"settings": asdict(settings), "documents": names, "cells": list(measured.values())}
-            write_atomically(folder / "results.json", json.dumps(results))
-    write_report([measured[key_of(cell)] for cell, _, _ in cells], names, settings.contexts, folder)
+            with replacing(folder / "results.json") as draft:
+                draft.write_text(json.dumps(results))
+    write_report([measured[key_of(cell)] for cell, _, _ in cells], names, settings.contexts, settings.steps, folder)
 
 
 def cell_of(run: Run, mode: Mode) -> dict[str, Any]:
@@ -250,29 +274,24 @@ def earlier_cells(folder: Path, settings: Settings) -> list[dict[str, Any]]:
     """What an earlier call with the same settings measured in the folder.
 
     Raises:
-        UserError: the folder holds results with other settings.
+        UserError: the folder holds results with other settings, or damaged ones.
     """
     path = folder / "results.json"
     if not path.exists():
         return []
-    results = json.loads(path.read_text())
-    changed = [
-        f"{k} {results['settings'].get(k)} there, {v} here"
-        for k, v in asdict(settings).items()
-        if results["settings"].get(k) != v
-    ]
+    try:
+        results = json.loads(path.read_text())
+        there, cells = results["settings"], results["cells"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"output: {path} holds no results, or damaged ones; give another --output, or remove it"
+        ) from error
+    changed = [f"{k} {there.get(k)} there, {v} here" for k, v in asdict(settings).items() if there.get(k) != v]
     if changed:
         raise UserError(
             f"output: {path} has other settings ({'; '.join(changed)}); give another --output, or remove it"
         )
-    return results["cells"]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_text(text)
-    draft.replace(path)
+    return cells
 
 
 def main(args: list[str] | None = None) -> None:
@@ -280,7 +299,11 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", help="folders of runs, or folders that contain them")
     parser.add_function_arguments(extrapolate, skip={"runs"})
     with told_in_one_line():
-        extrapolate(**parser.parse_args(args).as_dict())
+        try:
+            options = parser.parse_args(args)
+        except ArgumentError as error:
+            raise explained(error, parser) from error
+        extrapolate(**options.as_dict())
 
 
 if __name__ == "__main__":

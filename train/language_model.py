@@ -57,6 +57,8 @@ class LanguageModel(L.LightningModule):
             raise UserError(f"model.learning_rate must be above 0, got {learning_rate}")
         if warmup_steps < 1:
             raise UserError(f"model.warmup_steps must be 1 or above, got {warmup_steps}")
+        if not weight_decay >= 0:
+            raise UserError(f"model.weight_decay must be 0 or above, got {weight_decay}")
         self.save_hyperparameters()
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from train.files import replacing
+
 REPLICATES = 2000
 COLOURS = {"xPos": "#0072B2", "RoPE": "#D55E00"}  # of Okabe and Ito: told apart by all eyes
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]
@@ -21,6 +23,7 @@ class Measured:
     """Losses of an encoding in a mode: (runs, windows) at every context, and at every position of the longest."""
 
     def __init__(self, cells: list[dict[str, Any]]):
+        cells = sorted(cells, key=lambda cell: cell["seed"])  # so that two encodings' runs pair up
         self.encoding, self.mode = cells[0]["encoding"], cells[0]["mode"]
         self.name = f"{self.encoding}, {cells[0]['label']}"
         self.seeds = [cell["seed"] for cell in cells]
@@ -50,7 +53,9 @@ def interval(differences: np.ndarray, documents: list[str]) -> tuple[float, floa
     return float(low), float(high)
 
 
-def write_report(cells: list[dict[str, Any]], documents: list[str], contexts: list[int], folder: Path) -> None:
+def write_report(
+    cells: list[dict[str, Any]], documents: list[str], contexts: list[int], steps: int, folder: Path
+) -> None:
     """Print the table and the verdicts; write report.md, summary.json and the two plots into the folder."""
     keys = dict.fromkeys((cell["encoding"], cell["mode"]) for cell in cells)
     lines = [Measured([c for c in cells if (c["encoding"], c["mode"]) == key]) for key in keys]
@@ -60,7 +65,8 @@ def write_report(cells: list[dict[str, Any]], documents: list[str], contexts: li
     seeds = sorted({seed for line in lines for seed in line.seeds})
     caption = (
         f"{len(documents)} windows of {len(set(documents))} held-out documents, seeds {', '.join(map(str, seeds))}; "
-        f"trained at L = {length}; the same last {length // 2} bytes of each window are predicted at every context."
+        f"trained at L = {length} for {steps} steps; "
+        f"the same last {length // 2} bytes of each window are predicted at every context."
     )
 
     def table(title: str, entry: Any) -> list[str]:
@@ -91,8 +97,8 @@ def write_report(cells: list[dict[str, Any]], documents: list[str], contexts: li
         "![loss by position](by_position.png)",
         "",
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text("\n".join(report))
+    with replacing(folder / "report.md") as draft:
+        draft.write_text("\n".join(report))
     summary = [
         {
             "encoding": line.encoding,
@@ -104,9 +110,8 @@ def write_report(cells: list[dict[str, Any]], documents: list[str], contexts: li
         for line in lines
         for c in contexts
     ]
-    (folder / "summary.json").write_text(
-        json.dumps({"caption": caption, "cells": summary, "thresholds": found}, indent=1)
-    )
+    with replacing(folder / "summary.json") as draft:
+        draft.write_text(json.dumps({"caption": caption, "cells": summary, "thresholds": found}, indent=1))
     plot_contexts(lines, contexts, length, folder / "extrapolation.png")
     plot_positions(lines, length, folder / "by_position.png")
     print("\n".join(["", caption, "", *main, *found, ""]))
@@ -160,22 +165,21 @@ def verdicts(
     if xpos and 2 * length in xpos:
         figure = xpos[2 * length][0]
         verdict("xPos dense at 2 L is within 0.05 nats of L", figure <= 0.05, f"{figure:+.3f}")
-    if flat:
-        upper, context = max((flat[c][2], c) for c in flat if c >= length)
+    if flat and (longer := [c for c in flat if c > length]):
+        upper, context = max((flat[c][2], c) for c in longer)
         verdict(
             "flat, xPos BCA is within +0.02 nats of L at every longer context (upper end of the interval)",
             upper <= 0.02,
             f"at most {upper:+.4f}, at {in_lengths(context, length)}",
         )
     warm, cold = rise("xPos", "temperature"), rise("RoPE", "temperature")
-    if warm and cold:
-        reached = [c for c in warm if length < c <= 32 * length]
-        xpos_worst, rope_least = max(warm[c][0] for c in reached), cold[max(reached)][0]
+    if warm and cold and (reached := [c for c in warm if length < c <= 32 * length]):
+        xpos_worst, rope_there = max(warm[c][0] for c in reached), cold[max(reached)][0]
         verdict(
             f"open context, with temperature xPos dense is within 0.1 nats of L up to {max(reached) // length} L, "
             "where RoPE is above 1 nat",
-            xpos_worst <= 0.1 and rope_least > 1,
-            f"xPos at most {xpos_worst:+.3f}, RoPE {rope_least:+.3f}",
+            xpos_worst <= 0.1 and rope_there > 1,
+            f"xPos at most {xpos_worst:+.3f}, RoPE {rope_there:+.3f}",
         )
     ours, theirs = lines.get(("xPos", "BCA")), lines.get(("RoPE", "BCA"))
     if ours and theirs and 4 * length in ours.losses and ours.seeds == theirs.seeds:
@@ -244,4 +248,5 @@ def new_plot(length: int, title: str) -> tuple[Figure, Axes]:
 
 def finish(figure: Figure, axes: Axes, path: Path) -> None:
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=150)
+    with replacing(path) as draft:
+        figure.savefig(draft, format="png", dpi=150)

@@ -52,13 +52,13 @@ def text_files(paths: list[str]) -> dict[str, Path]:
 
 
 def read_documents(paths: list[str] | None) -> list[Document]:
-    """All documents in the order of their names; files that are empty or not UTF-8 text are left out.
+    """All documents in the order of their names; files that are empty, not UTF-8, or hold a NUL are left out.
 
     Raises:
         UserError: a path does not exist or cannot be read, or there is no text in any.
     """
     documents = []
-    for name, path in sorted((text_files(paths) if paths else standard_library()).items()):
+    for name, path in sorted((standard_library() if paths is None else text_files(paths)).items()):
         try:
             content = path.read_bytes()
             content.decode()
@@ -69,7 +69,7 @@ def read_documents(paths: list[str] | None) -> list[Document]:
         if content and SEPARATOR not in content:
             documents.append(Document(name, torch.frombuffer(bytearray(content), dtype=torch.uint8)))
     if not documents:
-        raise UserError(f"data.paths: no file with UTF-8 text in {paths}")
+        raise UserError(f"data.paths: no file with UTF-8 text in {paths or 'the standard library'}")
     return documents
 
 
@@ -124,7 +124,7 @@ class TextData(L.LightningDataModule):
         seed: of the random windows; `seed_everything` sets it.
 
     Raises:
-        UserError: a size is not positive, a fraction is outside (0, 1), or, in `setup`, there is not enough text.
+        UserError: a size is too small, a fraction is outside (0, 1), or, in `setup`, there is not enough text.
     """
 
     def __init__(
@@ -139,9 +139,14 @@ class TextData(L.LightningDataModule):
         seed: int = 1,
     ):
         super().__init__()
-        for name, size in (("context_length", context_length), ("batch_size", batch_size)):
-            if size <= 0:
-                raise UserError(f"data.{name} must be above 0, got {size}")
+        for name, size, least in (
+            ("context_length", context_length, 1),
+            ("batch_size", batch_size, 1),
+            ("max_val_windows", max_val_windows, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if size < least:
+                raise UserError(f"data.{name} must be {least} or above, got {size}")
         for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < fraction < 0.5:
                 raise UserError(f"data.{name} must be between 0 and 0.5, got {fraction}")
@@ -168,9 +173,12 @@ class TextData(L.LightningDataModule):
             self._splits = splits
         if not self._splits[split]:
             count = sum(map(len, self._splits.values()))
+            change = (
+                "lower data.val_fraction and data.test_fraction" if split == "train" else f"raise data.{split}_fraction"
+            )
             raise UserError(
                 f"data.paths: none of the {count} files with text fell to the {split} split, which holds out whole "
-                f"files; give more files, or raise data.{split}_fraction"
+                f"files; give more files, or {change}"
             )
         return self._splits[split]
 
@@ -211,6 +219,6 @@ class TextData(L.LightningDataModule):
         if not len(windows):
             raise UserError(
                 f"data: the {split} text has {len(tokens)} bytes, less than one window of "
-                f"data.context_length + 1 = {self.context_length + 1}"
+                f"data.context_length + 1 = {self.context_length + 1}; give more text, or lower data.context_length"
             )
         return windows
