@@ -3,7 +3,8 @@
     score(n, m) = sum_i zeta_i^((n - m) / s) Re(q_i conj(k_i) exp(1j (n - m) theta_i))
     theta_i = base^(-2i/d),  zeta_i = (i / (d/2) + 0.4) / 1.4;  without the decay it is plain rotary
 
-Axes: b batch, h query heads, g key-value heads, n queries, m keys, d head dimension, i = d/2 channel pairs.
+Axes: b batch, h query heads, g key-value heads, n queries, m keys, d head dimension, i = d/2 channel pairs. Queries are
+those of the last n of m positions.
 """
 
 import copy
@@ -117,17 +118,27 @@ def grouped(q: Tensor, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in keys_and_values)
 
 
-def logits(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
-    """Scaled scores of q (b, h, n, d) and k (b, g, n, d), minus infinity where mask (n, n) is False: (b, h, n, n)."""
+def placed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q (b, h, n, d), k (b, g, m, d) repeated to h heads, and their positions: m in all, q has the last n."""
     (k,) = grouped(q, k)
-    at = torch.arange(q.shape[-2])
-    return (scores(q, k, at, at, encoding, mask) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+    at = torch.arange(k.shape[-2])
+    return q, k, at[k.shape[-2] - q.shape[-2] :], at
+
+
+def logits(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
+    """Scaled scores of q (b, h, n, d) and k (b, g, m, d), minus infinity where mask (n, m) is False: (b, h, n, m)."""
+    return (scores(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+
+
+def logit_sizes(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
+    """`score_sizes` over sqrt(d), 0 where mask is False; shapes as in `logits`."""
+    return (score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])).masked_fill(~mask, 0)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
-    """Softmax attention of q (b, h, n, d) on k, v (b, g, n, d) where mask (n, n) is True: (b, h, n, d), float64."""
-    (many_v,) = grouped(q, v)
-    return logits(q, k, mask, encoding).softmax(-1) @ many_v.double()
+    """Softmax attention of q (b, h, n, d) on k, v (b, g, m, d) where mask (n, m) is True: (b, h, n, d), float64."""
+    (v,) = grouped(q, v)
+    return logits(q, k, mask, encoding).softmax(-1) @ v.double()
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
@@ -135,26 +146,19 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
 
     Each query comes with keys of its own, decayed by their distance to it, so that no factor exceeds 1.
     """
-    k, v = grouped(q, k, v)
+    q, k, q_at, k_at = placed(q, k)
     b, h, n, d = q.shape
-    at = torch.arange(n)
-    distance = (at[:, None] - at).clamp(min=0)
-    rows = encode(q, at, None, encoding).to(q.dtype)
-    keys = encode(k[..., None, :, :].expand(b, h, n, n, d), at.expand(n, n), distance, encoding).to(q.dtype)
+    m = k.shape[-2]
+    distance = (q_at[:, None] - k_at).clamp(min=0)
+    rows = encode(q, q_at, None, encoding).to(q.dtype)
+    keys = encode(k[..., None, :, :].expand(b, h, n, m, d), k_at.expand(n, m), distance, encoding).to(q.dtype)
     out = scaled_dot_product_attention(
         rows.reshape(b * h * n, 1, 1, d),
-        keys.reshape(b * h * n, 1, n, d),
-        v[..., None, :, :].expand(b, h, n, n, d).reshape(b * h * n, 1, n, d),
-        attn_mask=mask.expand(b, h, n, n).reshape(b * h * n, 1, 1, n),
+        keys.reshape(b * h * n, 1, m, d),
+        grouped(q, v)[0][..., None, :, :].expand(b, h, n, m, d).reshape(b * h * n, 1, m, d),
+        attn_mask=mask.expand(b, h, n, m).reshape(b * h * n, 1, 1, m),
     )
     return out.reshape(b, h, n, d)
-
-
-def logit_sizes(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
-    """`score_sizes` over sqrt(d) of q (b, h, n, d) and k (b, g, n, d), 0 where mask is False: (b, h, n, n)."""
-    (k,) = grouped(q, k)
-    at = torch.arange(q.shape[-2])
-    return (score_sizes(q, k, at, at, encoding, mask) / math.sqrt(q.shape[-1])).masked_fill(~mask, 0)
 
 
 def unsigned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding, upstream: Tensor) -> tuple[Tensor, ...]:
@@ -219,6 +223,13 @@ def multi_head_attention(module: MultiHeadAttention, x: Tensor, attend: Callable
 def double(module: M) -> M:
     """A float64 copy."""
     return copy.deepcopy(module).double()
+
+
+def inputs(
+    n: int, b: int = 2, h: int = 4, g: int = 2, d: int = 8, dtype: torch.dtype = torch.float32, grad: bool = True
+) -> list[Tensor]:
+    """Random q (b, h, n, d), k and v (b, g, n, d)."""
+    return [normal(i, b, heads, n, d, dtype=dtype).requires_grad_(grad) for i, heads in enumerate((h, g, g))]
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,15 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import DTYPES, HALVES, Encoding, assert_attends_exactly, normal, visible
+from reference import DTYPES, HALVES, Encoding, assert_attends_exactly, inputs, normal, visible
 
 from xpos_zoo import XPOS, dense
 from xpos_zoo.dense import chunked_attention, dense_attention
-
-
-def inputs(n: int, b: int = 2, h: int = 4, g: int = 2, d: int = 8, dtype=torch.float32, grad: bool = True):
-    """q (b, h, n, d), k and v (b, g, n, d)."""
-    return [normal(i, b, heads, n, d, dtype=dtype).requires_grad_(grad) for i, heads in enumerate((h, g, g))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,6 +104,21 @@ def test_dropout_is_that_of_plain_attention_in_the_mean():
     # Weights that sum to 1 are each doubled or dropped: mean 1, variance sum w^2 <= 1, over 500 samples; 5 sigma.
     assert ((dropped.mean(0) - 1).abs() <= 5 / 500**0.5).all()
     assert (dropped[:, :, 1:].std(0) > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_hundred_thousand_tokens_are_finite_and_exact(dtype):
+    n, encoding = 100_000, Encoding(512)
+    q, k, v = inputs(n, b=1, h=1, g=1, dtype=dtype, grad=False)
+    actual = dense_attention(q, k, v, encoding.module(8))
+    assert actual.isfinite().all()
+    for i in (0, 1023, 1024, 8849, 18_133, 50_000, 72_001, n - 1):
+        row, before = slice(i, i + 1), slice(0, i + 1)
+        mask = torch.ones(1, i + 1, dtype=torch.bool)
+        assert_attends_exactly(
+            actual[..., row, :], q[..., row, :], k[..., before, :], v[..., before, :], mask, encoding
+        )
 
 
 @pytest.mark.gpu

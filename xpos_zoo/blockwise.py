@@ -35,5 +35,5 @@ def blockwise_attention(
     at = torch.arange(-w, w, device=q.device)
     q, k = positions.rotate(q, k, at[w:], at, origin=w // 2)
     rest = attend(q, k, v, at <= at[w:, None], dropout_p)
-    rest = rearrange(rest, "(b j) h w d -> b h (j w) d", b=first.shape[0])
+    rest = rearrange(rest, "(b j) h w d -> b h (j w) d", j=(n - 1) // w)
     return torch.cat((first, rest), dim=-2)[..., :n, :]
