@@ -10,6 +10,7 @@ those of the last n of m positions.
 import copy
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -204,20 +205,59 @@ def assert_attends_exactly(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, mask
         assert difference(ours, exact) <= allowed
 
 
-def multi_head_attention(module: MultiHeadAttention, x: Tensor, attend: Callable[..., Tensor] = attention) -> Tensor:
-    """What `module` gives for x (b, n, embed_dim), in the dtype of both: give it `double(module)` for the oracle."""
+def projected(module: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Encoding]:
+    """q (b, h, n, d), k and v (b, g, n, d), mask (n, n) and encoding: what `module` makes of x before it attends."""
     mask = visible(x.shape[1], module.block_size)
     q, k, v = (
         linear(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
         for linear in (module.q_proj, module.k_proj, module.v_proj)
     )
     if module.temperature is not None:
-        seen = mask.sum(-1).double()
-        log = torch.log(seen / module.temperature.trained_length).clamp(min=0)
+        log = torch.log(mask.sum(-1).double() / module.temperature.trained_length).clamp(min=0)
         q = (q * (1 + module.temperature.coefficient * log)[:, None]).to(q.dtype)
     assert isinstance(module.positions, RotaryEmbedding)
-    attended = attend(q, k, v, mask, encoding_of(module.positions))
-    return module.out_proj(attended.transpose(1, 2).flatten(2))
+    return q, k, v, mask, encoding_of(module.positions)
+
+
+def multi_head_attention(module: MultiHeadAttention, x: Tensor, attend: Callable[..., Tensor] = attention) -> Tensor:
+    """What `module` gives for x (b, n, embed_dim), in the dtype of both: give it `double(module)` for the oracle."""
+    return module.out_proj(attend(*projected(module, x)).transpose(1, 2).flatten(2))
+
+
+def assert_block_is_exact(
+    module: MultiHeadAttention,
+    x: Tensor,
+    run: Callable[[MultiHeadAttention, Tensor], Tensor] = MultiHeadAttention.__call__,
+    device: str = "cpu",
+    autocast: torch.dtype | None = None,
+) -> None:
+    """Output of `run(module, x)` and its gradients by x and every parameter, within what rounding explains.
+
+    That is twice the error of the formula's steps in the same dtypes, as the library may round twice where they round
+    once, and the rounding of the result; plus what `assert_attends_exactly` allows for scores, which can matter to one
+    gradient as much as the largest of them is large.
+    """
+    upstream = normal(99, *x.shape, dtype=x.dtype)
+
+    def results(run: Callable[..., Tensor], module: MultiHeadAttention, x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None and x.dtype != torch.float64):
+            output = run(module, x)
+        return [output, *gradients(output, upstream.to(x.device), (x, *module.parameters()))]
+
+    exact = results(multi_head_attention, double(module), x.double())
+    plain = results(partial(multi_head_attention, attend=plain_attention), module, x)
+    actual = results(run, copy.deepcopy(module).to(device), x.to(device))
+    q, k, _, mask, encoding = projected(double(module), x.double())
+    logit = logit_sizes(q, k, mask, encoding).max().item() if q.numel() else 0
+    computing = 32 * (1 + 4 * logit) * roundoff(torch.promote_types(x.dtype, torch.float32))
+    largest = max(t.norm() for t in exact)
+    for ours, right, reachable in zip(actual, exact, plain, strict=True):
+        assert ours.dtype == reachable.dtype
+        assert ours.shape == right.shape
+        assert ours.isfinite().all()
+        allowed = computing * largest + 2 * difference(reachable, right) + roundoff(ours.dtype) * right.norm()
+        assert difference(ours.cpu(), right) <= allowed
 
 
 def double(module: M) -> M:

@@ -3,6 +3,7 @@
 Axes: b batch, n sequence, h heads, g key-value heads, d head dimension.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from xpos_zoo.blockwise import blockwise_attention
 from xpos_zoo.dense import PositionModule, dense_attention
+from xpos_zoo.rotary import at_least_float32
 from xpos_zoo.xpos import XPOS
 
 
@@ -23,22 +25,23 @@ class Temperature:
     that the sheer number of far keys does not drown the near ones (log-n scaling; Llama 4 uses 0.1).
 
     Raises:
-        ValueError: coefficient is negative or trained_length is not positive.
+        ValueError: coefficient is negative or infinite, or trained_length is not positive.
     """
 
     coefficient: float
     trained_length: int
 
     def __post_init__(self) -> None:
-        if not self.coefficient >= 0:
-            raise ValueError(f"coefficient must be 0 or above, got {self.coefficient}")
-        if self.trained_length <= 0:
+        if not 0 <= self.coefficient < math.inf:
+            raise ValueError(f"coefficient must be 0 or above and finite, got {self.coefficient}")
+        if not self.trained_length > 0:
             raise ValueError(f"trained_length must be above 0, got {self.trained_length}")
 
     def __call__(self, q: Tensor, visible_keys: Tensor) -> Tensor:
         """q (..., n, d) with row j sharpened for visible_keys[..., j] keys; q's dtype."""
-        excess = torch.log(visible_keys / self.trained_length).clamp(min=0)
-        return (q * (1 + self.coefficient * excess)[..., None]).to(q.dtype)
+        excess = torch.log(visible_keys.double() / self.trained_length).clamp(min=0)
+        factor = (1 + self.coefficient * excess).to(at_least_float32(q.dtype))
+        return (q * factor[..., None]).to(q.dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -78,9 +81,7 @@ class MultiHeadAttention(nn.Module):
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            if value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
+        require_sizes(embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}")
         if head_dim is None:
@@ -89,6 +90,7 @@ class MultiHeadAttention(nn.Module):
                     f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}; or give head_dim"
                 )
             head_dim = embed_dim // num_heads
+        require_sizes(head_dim=head_dim)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.embed_dim = embed_dim
@@ -110,8 +112,8 @@ class MultiHeadAttention(nn.Module):
 
     @block_size.setter
     def block_size(self, value: int | None) -> None:
-        if value is not None and value <= 0:
-            raise ValueError(f"block_size must be above 0, or None for dense attention, got {value}")
+        if value is not None and not is_size(value):
+            raise ValueError(f"block_size must be above 0 and an integer, or None for dense attention, got {value!r}")
         self._block_size = value
 
     def extra_repr(self) -> str:
@@ -152,3 +154,14 @@ def visible_keys(positions: Tensor, block_size: int | None) -> Tensor:
     if block_size is None:
         return positions + 1
     return positions + 1 - (positions // block_size - 1).clamp(min=0) * block_size
+
+
+def is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def require_sizes(**sizes: int) -> None:
+    """Raise ValueError for the first argument that is not above 0 and an integer."""
+    for name, value in sizes.items():
+        if not is_size(value):
+            raise ValueError(f"{name} must be above 0 and an integer, got {value!r}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from xpos_zoo.attention import MultiHeadAttention, Temperature
+from xpos_zoo.attention import MultiHeadAttention, Temperature, require_sizes
 from xpos_zoo.dense import PositionModule
 from xpos_zoo.xpos import XPOS
 
@@ -75,11 +75,10 @@ class Transformer(nn.Module):
         tie_embeddings: bool = True,
     ):
         super().__init__()
+        require_sizes(vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers)
         if hidden_dim is None:
             hidden_dim = -(-8 * embed_dim // (3 * 32)) * 32
-        for name, value in (("vocab_size", vocab_size), ("num_layers", num_layers), ("hidden_dim", hidden_dim)):
-            if value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
+        require_sizes(hidden_dim=hidden_dim)
         self.vocab_size = vocab_size
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.layers = nn.ModuleList(

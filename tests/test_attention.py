@@ -1,0 +1,330 @@
+"""MultiHeadAttention and Temperature.
+
+Axes: b batch, n sequence, d head dimension.
+"""
+
+import copy
+import math
+import pickle
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import DTYPES, HALVES, assert_block_is_exact, normal, relative_error, roundoff, visible
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from xpos_zoo import XPOS, MultiHeadAttention, RotaryEmbedding, Temperature
+from xpos_zoo.attention import visible_keys
+
+DENSE_AND_BLOCKWISE = pytest.mark.parametrize("block_size", [None, 12], ids=["dense", "blockwise"])
+
+
+def block(embed_dim: int = 32, num_heads: int = 4, temperature: Temperature | None = None, **options):
+    torch.manual_seed(0)
+    module = MultiHeadAttention(embed_dim, num_heads, **options)
+    module.temperature = temperature
+    return module
+
+
+# Exactness
+
+
+@DENSE_AND_BLOCKWISE
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_kv_heads": 2},
+        {"num_kv_heads": 1},
+        {"head_dim": 6},
+        {"bias": True},
+        {"positions": partial(XPOS, scale_base=16, interleaved=False)},
+        {"positions": partial(XPOS, scale_base=0.3)},
+        {"positions": RotaryEmbedding},
+        {"temperature": Temperature(0.5, 10)},
+    ],
+    ids=[
+        "as it is",
+        "grouped",
+        "multi-query",
+        "head_dim",
+        "bias",
+        "half-split",
+        "in chunks",
+        "rotary",
+        "temperature",
+    ],
+)
+def test_the_block_equals_the_formula(options, dtype, block_size):
+    module = block(block_size=block_size, **options).to(dtype)
+    assert_block_is_exact(module, normal(0, 2, 41, 32, dtype=dtype))
+
+
+@given(
+    n=st.integers(0, 40),
+    b=st.integers(0, 2),
+    embed_dim=st.integers(1, 24),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
+    head_dim=st.sampled_from([2, 6, 8]),
+    bias=st.booleans(),
+    positions=st.sampled_from([RotaryEmbedding, XPOS, partial(XPOS, scale_base=3, interleaved=False)]),
+    block_size=st.none() | st.integers(1, 20),
+    temperature=st.none() | st.builds(Temperature, st.sampled_from([0.1, 1.0]), st.integers(1, 20)),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_the_block_equals_the_formula_whatever_its_options(
+    n, b, embed_dim, heads, head_dim, bias, positions, block_size, temperature, dtype
+):
+    num_heads, num_kv_heads = heads
+    module = block(
+        embed_dim,
+        num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        bias=bias,
+        positions=positions,
+        block_size=block_size,
+        temperature=temperature,
+    ).to(dtype)
+    assert_block_is_exact(module, normal(0, b, n, embed_dim, dtype=dtype))
+
+
+@DENSE_AND_BLOCKWISE
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_is_as_exact_as_its_dtype(dtype, block_size):
+    assert_block_is_exact(block(block_size=block_size), normal(0, 2, 77, 32), autocast=dtype)
+
+
+@DENSE_AND_BLOCKWISE
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("num_kv_heads", [4, 1], ids=["equal heads", "multi-query"])
+@pytest.mark.gpu
+def test_the_block_equals_the_formula_on_cuda(num_kv_heads, dtype, block_size):
+    module = block(num_kv_heads=num_kv_heads, block_size=block_size).to(dtype)
+    assert_block_is_exact(module, normal(0, 2, 41, 32, dtype=dtype), device="cuda")
+
+
+@pytest.mark.slow
+@DENSE_AND_BLOCKWISE
+def test_the_compiled_block_is_as_exact_in_two_graphs(block_size, compiler_counts: dict[str, Counter[str]]):
+    module = block(num_kv_heads=2, block_size=block_size)
+    compiled = torch.compile(MultiHeadAttention.forward, fullgraph=True)
+    for n in (30, 41):
+        assert_block_is_exact(module, normal(0, 2, n, 32), run=compiled)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for n in (25, 36, 37, 48, 70):
+            assert_block_is_exact(module, normal(0, 2, n, 32), run=compiled)
+    assert compiler_counts["stats"]["unique_graphs"] <= 2
+    assert not compiler_counts["graph_break"]
+
+
+# Causality and options that may change
+
+
+@DENSE_AND_BLOCKWISE
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", [0, 11, 12, 30, 39])
+def test_outputs_before_a_change_are_the_same_to_the_last_bit(at, dtype, block_size):
+    module, x = block(block_size=block_size).to(dtype), normal(0, 2, 40, 32, dtype=dtype)
+    before = module(x)
+    x[:, at:] = 30 * normal(1, 2, 40 - at, 32, dtype=dtype)
+    after = module(x)
+    assert torch.equal(after[:, :at], before[:, :at])
+    assert (after != before)[:, at:].any(-1).all()
+
+
+def test_block_size_may_be_set_on_a_trained_dense_block():
+    module, x = block(), normal(0, 2, 40, 32)
+    dense = module(x)
+    module.block_size = 12
+    assert torch.equal(module(x), block(block_size=12)(x))
+    module.block_size = None
+    assert torch.equal(module(x), dense)
+
+
+def test_dropout_acts_in_training_alone():
+    x = normal(0, 2, 40, 32)
+    without, module = block()(x), block(dropout=0.5)
+    assert torch.equal(module.eval()(x), without)
+    assert relative_error(module.train()(x), without) > 0.1
+
+
+@DENSE_AND_BLOCKWISE
+def test_dropout_keeps_the_mean(block_size):
+    module, x = block(dropout=0.5, block_size=block_size), normal(0, 1, 30, 32)
+    for linear in (module.v_proj, module.out_proj):
+        nn.init.eye_(linear.weight)
+    torch.manual_seed(0)
+    samples = module(x.expand(1000, -1, -1))
+    # A weight is doubled or dropped: variance sum w^2 v^2 <= max v^2, over 1000 samples; 5 sigma.
+    assert ((samples.mean(0) - module.eval()(x)).abs() <= 5 * x.abs().amax((0, 1)) / 1000**0.5).all()
+
+
+# Temperature
+
+
+def test_temperature_values_are_those_computed_by_hand():
+    factors = Temperature(0.1, 100)(torch.ones(5, 1, dtype=torch.float64), torch.tensor([1, 100, 200, 1000, 6400]))
+    expected = torch.tensor([1, 1, 1.0693147, 1.2302585, 1.4158883])
+    assert (factors[:, 0] - expected).abs().max() <= 5e-8 + 2 * roundoff(torch.float32)  # seven decimals are given
+
+
+@pytest.mark.parametrize("block_size", [None, *range(1, 12)])
+def test_visible_keys_are_those_of_the_mask(block_size):
+    assert torch.equal(visible_keys(torch.arange(40), block_size), visible(40, block_size).sum(-1))
+
+
+@DENSE_AND_BLOCKWISE
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("trained_length", [1, 10, 20, 40])
+def test_temperature_is_exactly_off_for_queries_within_the_trained_length(trained_length, dtype, block_size):
+    module, x = block(block_size=block_size).to(dtype), normal(0, 2, 40, 32, dtype=dtype)
+    off = module(x)
+    module.temperature = Temperature(0.5, trained_length)
+    on = module(x)
+    beyond = visible(40, block_size).sum(-1) > trained_length
+    assert torch.equal(on[:, ~beyond], off[:, ~beyond])
+    assert (on != off)[:, beyond].any(-1).all()
+    module.temperature = None
+    assert torch.equal(module(x), off)
+
+
+# State
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_gives_the_same_numbers(copied):
+    module = block(block_size=12, positions=partial(XPOS, scale_base=16), temperature=Temperature(0.5, 5))
+    x = normal(0, 2, 40, 32)
+    assert torch.equal(copied(module)(x), module(x))
+
+
+@DENSE_AND_BLOCKWISE
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_made_on_the_meta_device_gives_the_loaded_ones_numbers(dtype, block_size):
+    module, x = block(block_size=block_size).to(dtype), normal(0, 2, 40, 32, dtype=dtype)
+    with torch.device("meta"):
+        other = MultiHeadAttention(32, 4, block_size=block_size).to(dtype)
+    other.to_empty(device="cpu")
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), module(x))
+
+
+def test_the_state_dict_of_a_block_fits_any_block_size_and_either_encoding_of_the_weights():
+    state = block(block_size=12).state_dict()
+    assert set(state) == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight", "positions.scale"}
+    dense = MultiHeadAttention(32, 4)
+    dense.load_state_dict(state)
+    x = normal(0, 2, 40, 32)
+    assert torch.equal(dense(x), block()(x))
+
+
+@DENSE_AND_BLOCKWISE
+@pytest.mark.parametrize("dtype", HALVES)
+def test_casting_loses_nothing_but_the_weights_precision(dtype, block_size):
+    """A block cast to a half and back has the numbers of one whose weights alone were rounded."""
+    cast, x = block(block_size=block_size).to(dtype).float(), normal(0, 2, 77, 32)
+    rounded = block(block_size=block_size)
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    assert torch.equal(cast(x), rounded(x))
+
+
+# A position module of the user's own
+
+
+class NoPositions:
+    """What attention asks for, and nothing else."""
+
+    def __init__(self, head_dim: int, span: int):
+        self.head_dim, self.span = head_dim, span
+
+    def rotate(
+        self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, origin: int | Tensor = 0
+    ) -> tuple[Tensor, Tensor]:
+        return q, k
+
+    def max_span(self, dtype: torch.dtype) -> int:
+        return self.span
+
+
+@DENSE_AND_BLOCKWISE
+@pytest.mark.parametrize("span", [1, 7, 1000])
+def test_a_position_module_of_ones_own_gives_plain_causal_attention(span, block_size):
+    module, x = block(positions=partial(NoPositions, span=span), block_size=block_size), normal(0, 2, 40, 32)
+    q, k, v = (
+        linear(x).unflatten(-1, (4, 8)).transpose(1, 2) for linear in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    attended = scaled_dot_product_attention(q, k, v, attn_mask=visible(40, block_size))
+    # Sums of up to 40 terms, in another order.
+    expected = module.out_proj(attended.transpose(1, 2).flatten(2))
+    assert relative_error(module(x), expected) <= 40 * roundoff(torch.float32)
+
+
+# Errors
+
+x = torch.zeros(2, 5, 32)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: block(0), "embed_dim must be above 0 and an integer, got 0"),
+        (lambda: block(-8), "embed_dim must be above 0 and an integer, got -8"),
+        (lambda: block(32.0), "embed_dim must be above 0 and an integer, got 32.0"),  # type: ignore[arg-type]
+        (lambda: block(32, 0), "num_heads must be above 0 and an integer, got 0"),
+        (lambda: block(32, True), "num_heads must be above 0 and an integer, got True"),
+        (lambda: block(32, "4"), "num_heads must be above 0 and an integer, got '4'"),  # type: ignore[arg-type]
+        (lambda: block(32, 5), "embed_dim must be divisible by num_heads=5, got 32; or give head_dim"),
+        (lambda: block(num_kv_heads=0), "num_kv_heads must be above 0 and an integer, got 0"),
+        (lambda: block(num_kv_heads=3), "num_kv_heads must divide num_heads=4, got 3"),
+        (lambda: block(num_kv_heads=8), "num_kv_heads must divide num_heads=4, got 8"),
+        (lambda: block(head_dim=0), "head_dim must be above 0 and an integer, got 0"),
+        (lambda: block(head_dim=7), "head_dim must be even and above 0, got 7"),
+        (lambda: block(28, 4), "head_dim must be even and above 0, got 7"),
+        (lambda: block(block_size=0), "block_size must be above 0 and an integer, or None for dense attention, got 0"),
+        (
+            lambda: block(block_size=-1),
+            "block_size must be above 0 and an integer, or None for dense attention, got -1",
+        ),
+        (lambda: block(block_size=12.5), "or None for dense attention, got 12.5"),
+        (lambda: block(block_size=True), "or None for dense attention, got True"),
+        (lambda: setattr(block(), "block_size", 0), "block_size must be above 0 and an integer, or None"),
+        (lambda: block(dropout=1), "dropout must be in [0, 1), got 1"),
+        (lambda: block(dropout=-0.1), "dropout must be in [0, 1), got -0.1"),
+        (lambda: block(dropout=math.nan), "dropout must be in [0, 1), got nan"),
+        (lambda: block()(x[0]), "x must have shape (batch, seq_len, embed_dim=32), got (5, 32)"),
+        (lambda: block()(x[..., :31]), "x must have shape (batch, seq_len, embed_dim=32), got (2, 5, 31)"),
+        (lambda: block()(x[:, None]), "x must have shape (batch, seq_len, embed_dim=32), got (2, 1, 5, 32)"),
+        (lambda: block()(x.half()), "x must have the weights' dtype torch.float32, or run under autocast, got"),
+        (lambda: block().half()(x), "x must have the weights' dtype torch.float16, or run under autocast, got"),
+        (lambda: block()(x.long()), "x must have the weights' dtype torch.float32, or run under autocast, got"),
+        (lambda: Temperature(-0.1, 10), "coefficient must be 0 or above and finite, got -0.1"),
+        (lambda: Temperature(math.nan, 10), "coefficient must be 0 or above and finite, got nan"),
+        (lambda: Temperature(math.inf, 10), "coefficient must be 0 or above and finite, got inf"),
+        (lambda: Temperature(0.1, 0), "trained_length must be above 0, got 0"),
+        (lambda: Temperature(0.1, -5), "trained_length must be above 0, got -5"),
+    ],
+)
+def test_errors_name_the_argument_its_value_and_what_is_allowed(call, said):
+    with pytest.raises(ValueError, match="must") as raised:
+        call()
+    assert said in str(raised.value)
+
+
+def test_integers_are_refused_under_autocast_too():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="must have the weights' dtype"):
+        block()(x.long())
+
+
+@pytest.mark.parametrize("value", [0, 12.5])
+def test_a_refused_block_size_leaves_the_old_one(value):
+    module = block(block_size=12)
+    with pytest.raises(ValueError, match="block_size"):
+        module.block_size = value
+    assert module.block_size == 12
