@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError
 from jsonargparse.typing import restricted_number_type
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -27,7 +27,7 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
             with replacing(config_of(Path(trainer.default_root_dir))) as draft:
-                self.parser.save(self.config, draft, skip_none=False, overwrite=True, multifile=False)
+                self.parser.save(self.config, draft, skip_unset=False, overwrite=True, multifile=False)
 
 
 def config_of(run: Path) -> Path:
@@ -112,8 +112,10 @@ class RunCLI(LightningCLI):
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
         for callback in trainer.checkpoint_callbacks:
-            if getattr(callback, "dirpath", "") is None:
-                callback.dirpath = str(last_checkpoint_of(folder).parent)  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(last_checkpoint_of(folder).parent)
+            if isinstance(callback, ModelCheckpoint) and self.options.trainer.fast_dev_run:
+                callback.save_last = False  # Lightning skips all other checkpoints of such a trial
         return trainer
 
     def fit(self, ckpt_path: str | None = None, **kwargs: Any) -> None:
@@ -157,7 +159,7 @@ class RunCLI(LightningCLI):
     def _check_same_run(self) -> None:
         """A folder's run goes on only with the model, data, seed and number of steps that it was begun with."""
         begun = read_config(config_of(self.run_folder))
-        now = yaml.safe_load(self._parser(self.subcommand).dump(self.options, skip_none=False))
+        now = yaml.safe_load(self._parser(self.subcommand).dump(self.options, skip_unset=False))
         for config in (begun, now):
             config["trainer"] = {"max_steps": config["trainer"]["max_steps"]}  # the learning rate's course hangs on it
         for group in ("seed_everything", "model", "data", "trainer"):
@@ -190,8 +192,13 @@ def difference(begun: dict[str, Any], now: dict[str, Any], key: str) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+    for noise in (
+        "does not have many workers",
+        "exists and is not empty",
+        r"isinstance\(treespec, LeafSpec\)",
+        "your dataloader is not resumable",  # it is: `RandomBatches` depends on the step alone
+    ):
+        warnings.filterwarnings("ignore", f".*{noise}")
     for part in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(part).setLevel(logging.WARNING)
     with told_in_one_line():

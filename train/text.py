@@ -1,6 +1,7 @@
 """Text as training data: whole files become training, validation or test documents by a hash of their names."""
 
 import hashlib
+import math
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def read_documents(paths: list[str] | None) -> list[Document]:
         if content and SEPARATOR not in content:
             documents.append(Document(name, torch.frombuffer(bytearray(content), dtype=torch.uint8)))
     if not documents:
-        raise UserError(f"data.paths: no file with UTF-8 text in {paths or 'the standard library'}")
+        raise UserError(f"data.paths: no file with UTF-8 text in {'the standard library' if paths is None else paths}")
     return documents
 
 
@@ -209,7 +210,8 @@ class TextData(L.LightningDataModule):
         return self._held_out("test")
 
     def _held_out(self, split: str) -> DataLoader:
-        stride = max(self.context_length, len(self._windows(split, stride=1)) // self.max_val_windows)
+        starts = len(self._windows(split, stride=1))
+        stride = max(self.context_length, math.ceil(starts / self.max_val_windows))
         return DataLoader(self._windows(split, stride), batch_size=self.batch_size, num_workers=self.num_workers)
 
     def _windows(self, split: str, stride: int) -> Windows:

@@ -1,0 +1,158 @@
+"""The language model that Lightning trains: its loss, its optimizer, its initial weights."""
+
+import math
+from functools import partial
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from train.errors import UserError
+from train.language_model import LanguageModel
+from xpos_zoo import XPOS, RotaryEmbedding
+
+SMALL: dict[str, Any] = {"embed_dim": 16, "num_layers": 2, "num_heads": 2}
+
+
+def model(context_length: int = 16, **changes) -> LanguageModel:
+    return LanguageModel(context_length, **(SMALL | changes))
+
+
+def windows(count: int = 3, length: int = 17) -> Tensor:
+    return torch.randint(256, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def optimizer_of(module: LanguageModel, max_steps: int):
+    module.trainer = L.Trainer(max_steps=max_steps, max_epochs=-1, accelerator="cpu", logger=False)
+    configured = module.configure_optimizers()
+    return configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+
+
+def test_the_loss_is_the_cross_entropy_of_each_next_token() -> None:
+    module, tokens = model().double(), windows()
+    logits = module(tokens[:, :-1]).tolist()
+    surprises = []
+    for row, sequence in zip(logits, tokens.tolist(), strict=True):
+        for scores, following in zip(row, sequence[1:], strict=True):
+            surprises.append(math.log(math.fsum(math.exp(s) for s in scores)) - scores[following])
+    assert len(surprises) == 3 * 16
+    rounding = len(surprises) * torch.finfo(torch.float64).eps  # a mean of this many terms, each right to a few eps
+    assert module.loss(tokens).item() == pytest.approx(math.fsum(surprises) / len(surprises), rel=rounding)
+
+
+def test_a_token_is_predicted_from_those_before_it_alone() -> None:
+    module, tokens = model().double(), windows(1)
+    changed = tokens.clone()
+    changed[0, -1] += 1
+    assert torch.equal(module(tokens)[:, :-1], module(changed)[:, :-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 8.0),
+        ({"scale_base": 100.0}, 100.0),
+        ({"scale_base": 512.0}, 512.0),
+        ({"positions": partial(XPOS, scale_base=8.0)}, 8.0),
+    ],
+)
+def test_scale_base_is_half_the_context_length_unless_given(changes: dict, expected: float) -> None:
+    module = model(context_length=16, **changes)
+    encodings = [part for part in module.modules() if isinstance(part, XPOS)]
+    assert [encoding.scale_base for encoding in encodings] == [expected] * SMALL["num_layers"]
+
+
+def test_a_scale_base_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"positions has scale_base 100; give it as model\.scale_base"):
+        model(positions=partial(XPOS, scale_base=100))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.0}, "model.learning_rate must be above 0, got 0.0"),
+        ({"learning_rate": math.nan}, "model.learning_rate must be above 0, got nan"),
+        ({"warmup_steps": 0}, "model.warmup_steps must be 1 or above, got 0"),
+        ({"weight_decay": -0.1}, "model.weight_decay must be 0 or above, got -0.1"),
+        ({"num_heads": 3}, "model.embed_dim must be divisible by num_heads=3, got 16"),
+        ({"num_kv_heads": 3}, "model.num_kv_heads must divide num_heads=2, got 3"),
+        ({"dropout": 1.0}, r"model.dropout must be in \[0, 1\), got 1.0"),
+        ({"block_size": 0}, "model.block_size must be above 0"),
+        ({"scale_base": -1.0}, "model.scale_base must be above 0 and finite, got -1"),
+    ],
+)
+def test_sizes_and_rates_out_of_range_are_named_as_the_configuration_names_them(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model(**changes)
+
+
+def test_weight_decay_is_on_matrices_alone_and_no_parameter_is_forgotten() -> None:
+    module = model(weight_decay=0.3)
+    optimizer, _ = optimizer_of(module, 10)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay) == len(list(module.parameters()))
+    for name, parameter in module.named_parameters():
+        assert decay[id(parameter)] == (0.3 if parameter.ndim == 2 else 0), name
+        assert ("norm" in name) == (parameter.ndim == 1), name
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(5, 40), (1, 10), (10, 10), (20, 10)])
+def test_the_learning_rate_rises_linearly_then_falls_as_a_cosine_to_a_tenth(warmup: int, steps: int) -> None:
+    peak = 2e-3
+    optimizer, schedule = optimizer_of(model(learning_rate=peak, warmup_steps=warmup), steps)
+    rates = []
+    for _ in range(steps + 1):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+    def expected(step: int) -> float:
+        if step < warmup:
+            start = peak / (warmup + 1)
+            return start + (peak - start) * step / warmup
+        progress = (step - warmup) / (steps - warmup) if steps > warmup else 0
+        return peak / 10 + (peak - peak / 10) * (1 + math.cos(math.pi * progress)) / 2
+
+    rounding = 8 * steps * torch.finfo(torch.float64).eps  # PyTorch computes each rate from the one before it
+    assert rates == pytest.approx([expected(step) for step in range(steps + 1)], rel=rounding)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_both_encodings_start_from_the_same_weights(seed: int) -> None:
+    states = []
+    for positions in (XPOS, RotaryEmbedding):
+        L.seed_everything(seed)
+        states.append(dict(model(positions=positions).named_parameters()))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_other_seeds_start_from_other_weights() -> None:
+    states = []
+    for seed in (1, 2):
+        L.seed_everything(seed)
+        states.append(model().transformer.embedding.weight)
+    assert not torch.equal(*states)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at every input's
+def test_compiled_layers_give_the_same_loss_and_the_same_checkpoint_keys(compiler_counts) -> None:
+    torch.manual_seed(0)
+    eager = model()
+    compiled = model(compile=True)
+    compiled.load_state_dict(eager.state_dict())
+    for module in (eager, compiled):
+        module.configure_model()
+    tokens = windows()
+    losses = [module.loss(tokens).item() for module in (eager, compiled)]
+    exact = eager.double().loss(tokens).item()
+    assert all(layer._compiled_call_impl is None for layer in eager.transformer.layers)
+    assert all(layer._compiled_call_impl is not None for layer in compiled.transformer.layers)
+    assert compiler_counts["stats"]["unique_graphs"] >= 1
+    eager_error = max(abs(losses[0] - exact), torch.finfo(torch.float32).eps * exact)
+    assert abs(losses[1] - exact) <= 8 * eager_error
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
+    assert not [name for name in compiled.state_dict() if "_orig_mod" in name]

@@ -1,0 +1,95 @@
+"""Text, options and callbacks that make a whole training a matter of a second."""
+
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+
+from train.__main__ import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+STEPS = 8
+
+
+def write_corpus(folder: Path, files: int = 40, size: int = 600) -> Path:
+    """`files` files of at least `size` bytes; by the hash of these names, every split gets some."""
+    rng = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(files):
+        words = (rng.choice(("to", "be", "or", "not", "that", "is", "the", "question")) for _ in range(size // 2))
+        (folder / f"{i}.txt").write_text(" ".join(words))
+    return folder
+
+
+def options(tmp_path: Path, config: str = "xpos", **changes: Any) -> list[str]:
+    """A shipped configuration, made small; `changes` name options with __ for their dots, None leaves one out."""
+    corpus = tmp_path / "corpus"
+    if not corpus.exists():
+        write_corpus(corpus)
+    small: dict[str, Any] = {
+        "runs": tmp_path / "runs",
+        "data__paths": f"[{corpus}]",
+        "data__context_length": 16,
+        "data__batch_size": 2,
+        "data__max_val_windows": 4,
+        "model__embed_dim": 16,
+        "model__num_layers": 1,
+        "model__num_heads": 2,
+        "model__warmup_steps": 2,
+        "trainer__max_steps": STEPS,
+        "trainer__accelerator": "cpu",
+        "trainer__devices": 1,
+        "trainer__val_check_interval": 4,
+        "trainer__log_every_n_steps": 1,
+        "trainer__enable_progress_bar": "false",
+        "trainer__callbacks": "ModelCheckpoint",
+        "trainer__callbacks__save_last": "true",
+        "trainer__callbacks__save_top_k": 0,
+        "trainer__callbacks__every_n_train_steps": 3,
+    }
+    given = {name: value for name, value in (small | changes).items() if value is not None}
+    return ["--config", str(CONFIGS / f"{config}.yaml"), *(f"--{k.replace('__', '.')}={v}" for k, v in given.items())]
+
+
+def fit(tmp_path: Path, config: str = "xpos", more: tuple[str, ...] = (), **changes: Any) -> Path:
+    """Train; gives the run's folder."""
+    main(["fit", *options(tmp_path, config, **changes), *more])
+    return tmp_path / "runs" / str(changes.get("name", config)) / f"seed{changes.get('seed_everything', 1)}"
+
+
+def read_checkpoint(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+class InterruptionError(Exception):
+    """What `Interrupt` raises."""
+
+
+class Interrupt(L.Callback):
+    """Ends a training at a step, in a hook: by an exception, or as abruptly as an operating system can."""
+
+    def __init__(self, step: int, hook: str = "on_train_batch_end", kill: bool = False):
+        self.step, self.kill = step, kill
+        setattr(self, hook, self.end)
+
+    def end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and not trainer.sanity_checking:
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise InterruptionError
+
+
+class Recorder(L.Callback):
+    """Keeps every training batch of the last training."""
+
+    batches: ClassVar[list[torch.Tensor]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        Recorder.batches = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: torch.Tensor, batch_idx: int) -> None:
+        Recorder.batches.append(batch)
