@@ -13,6 +13,8 @@ from xpos_zoo.attention import MultiHeadAttention, Temperature, require_sizes
 from xpos_zoo.dense import PositionModule
 from xpos_zoo.xpos import XPOS
 
+NORM_EPS = torch.finfo(torch.float32).eps  # RMSNorm's default, but in float64 too, so that all dtypes compute the same
+
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate x) * up x)."""
@@ -32,9 +34,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, attention: MultiHeadAttention, hidden_dim: int, dropout: float):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(attention.embed_dim)
+        self.attention_norm = nn.RMSNorm(attention.embed_dim, NORM_EPS)
         self.attention = attention
-        self.feed_forward_norm = nn.RMSNorm(attention.embed_dim)
+        self.feed_forward_norm = nn.RMSNorm(attention.embed_dim, NORM_EPS)
         self.feed_forward = FeedForward(attention.embed_dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -97,7 +99,7 @@ class Transformer(nn.Module):
             )
             for _ in range(num_layers)
         )
-        self.norm = nn.RMSNorm(embed_dim)
+        self.norm = nn.RMSNorm(embed_dim, NORM_EPS)
         self.head = nn.Linear(embed_dim, vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -138,13 +140,15 @@ class Transformer(nn.Module):
             attention.temperature = value
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Next-token logits (b, n, vocab_size) for integer tokens (b, n).
+        """Next-token logits (b, n, vocab_size) for tokens (b, n).
 
         Raises:
-            ValueError: tokens has another shape or is not of an integer dtype.
+            ValueError: tokens has another shape or is neither int64 nor int32.
         """
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ValueError(f"tokens must be integers (batch, seq_len), got {tokens.dtype} {tuple(tokens.shape)}")
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"tokens must be int64 or int32 (batch, seq_len), got {tokens.dtype} {tuple(tokens.shape)}"
+            )
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x)

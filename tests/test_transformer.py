@@ -1,0 +1,222 @@
+"""Transformer: the documented architecture, its settings, its initialisation, and that it learns.
+
+Axes: b batch, n sequence.
+"""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from reference import (
+    HALVES,
+    attention,
+    difference,
+    double,
+    gradients,
+    multi_head_attention,
+    normal,
+    plain_attention,
+    roundoff,
+)
+from torch import Tensor
+from torch.nn.functional import cross_entropy, sigmoid
+
+from xpos_zoo import XPOS, MultiHeadAttention, RotaryEmbedding, Temperature, Transformer
+
+DENSE_AND_BLOCKWISE = pytest.mark.parametrize("block_size", [None, 7], ids=["dense", "blockwise"])
+
+
+def model(vocab_size: int = 50, embed_dim: int = 32, num_layers: int = 3, num_heads: int = 4, **options) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(vocab_size, embed_dim, num_layers, num_heads, **options)
+
+
+def tokens(*shape: int, below: int = 50) -> Tensor:
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(0))
+
+
+def logits(transformer: Transformer, tokens: Tensor, attend=attention) -> Tensor:
+    """The documented architecture, step by step, on the model's own weights."""
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        mean_square = x.pow(2).mean(-1, keepdim=True)
+        return x / (mean_square + 2**-23).sqrt() * weight
+
+    weights = dict(transformer.named_parameters(remove_duplicate=False))
+    x = weights["embedding.weight"][tokens]
+    for i, attention_block in enumerate(transformer.attentions):
+        layer = f"layers.{i}."
+        x = x + multi_head_attention(attention_block, normed(x, weights[layer + "attention_norm.weight"]), attend)
+        h = normed(x, weights[layer + "feed_forward_norm.weight"])
+        gate, up, down = (weights[f"{layer}feed_forward.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        gated = h @ gate.T
+        x = x + (gated * sigmoid(gated) * (h @ up.T)) @ down.T
+    return normed(x, weights["norm.weight"]) @ weights["head.weight"].T
+
+
+@DENSE_AND_BLOCKWISE
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_kv_heads": 2, "head_dim": 6, "hidden_dim": 20},
+        {"tie_embeddings": False, "positions": RotaryEmbedding},
+        {"positions": partial(XPOS, scale_base=5)},
+    ],
+    ids=["as it is", "other sizes", "untied and rotary", "scale_base"],
+)
+def test_logits_and_gradients_are_those_of_the_documented_architecture(options, dtype, block_size):
+    transformer, words = model(block_size=block_size, **options).to(dtype), tokens(2, 20)
+    with torch.no_grad():  # the norms' weights all are 1, and the logits small, unless somebody trained them
+        for i, parameter in enumerate(transformer.parameters()):
+            parameter += 0.1 * normal(i, *parameter.shape, dtype=dtype)
+    upstream = normal(99, 2, 20, 50, dtype=dtype)
+
+    def results(run, transformer: Transformer) -> list[Tensor]:
+        output = run(transformer, words)
+        return [output, *gradients(output, upstream, transformer.parameters())]
+
+    exact = results(logits, double(transformer))
+    plain = results(partial(logits, attend=plain_attention), transformer)
+    actual = results(Transformer.__call__, transformer)
+    for ours, right, reachable in zip(actual, exact, plain, strict=True):
+        assert ours.dtype == dtype
+        # The same steps in the same dtype, and the rounding that scores may have.
+        scores = 32 * 4 * roundoff(torch.promote_types(dtype, torch.float32))
+        assert difference(ours, right) <= 2 * difference(reachable, right) + scores * right.norm()
+
+
+@DENSE_AND_BLOCKWISE
+@pytest.mark.parametrize("at", [0, 5, 19])
+def test_logits_before_a_changed_token_are_the_same_to_the_last_bit(at, block_size):
+    transformer, words = model(block_size=block_size), tokens(2, 20)
+    before = transformer(words)
+    words[:, at] = (words[:, at] + 1) % 50
+    after = transformer(words)
+    assert torch.equal(after[:, :at], before[:, :at])
+    assert (after != before)[:, at].any(-1).all()
+
+
+def test_block_size_and_temperature_reach_every_layer():
+    transformer, words = model(), tokens(2, 20)
+    dense = transformer(words)
+    transformer.block_size, transformer.temperature = 7, Temperature(0.5, 5)
+    assert (transformer.block_size, transformer.temperature) == (7, Temperature(0.5, 5))
+    assert [(a.block_size, a.temperature) for a in transformer.attentions] == 3 * [(7, Temperature(0.5, 5))]
+    expected, plain = logits(double(transformer), words), logits(transformer, words, plain_attention)
+    # Float32 reaches the one model's numbers, and the other is far from them.
+    assert difference(transformer(words), expected) <= 3 * difference(plain, expected)
+    assert difference(dense, expected) >= 100 * difference(plain, expected)
+
+    transformer.block_size = transformer.temperature = None
+    assert torch.equal(transformer(words), dense)
+
+
+def test_options_reach_every_layer():
+    transformer = model(num_kv_heads=2, head_dim=6, positions=partial(XPOS, scale_base=5), block_size=7, dropout=0.25)
+    assert len(transformer.attentions) == 3
+    for attention_block in transformer.attentions:
+        assert isinstance(attention_block, MultiHeadAttention)
+        assert isinstance(attention_block.positions, XPOS)
+        assert attention_block.positions.scale_base == 5
+        assert (attention_block.num_kv_heads, attention_block.head_dim) == (2, 6)
+        assert (attention_block.block_size, attention_block.dropout) == (7, 0.25)
+
+
+def test_the_head_is_the_embedding_unless_untied():
+    tied, untied = model(), model(tie_embeddings=False)
+    assert tied.head.weight is tied.embedding.weight
+    assert untied.head.weight is not untied.embedding.weight
+    assert sum(p.numel() for p in untied.parameters()) == sum(p.numel() for p in tied.parameters()) + 50 * 32
+    restored = model()
+    restored.load_state_dict(copy.deepcopy(tied.state_dict()))
+    assert restored.head.weight is restored.embedding.weight
+
+
+@pytest.mark.parametrize(("embed_dim", "hidden_dim"), [(32, 96), (36, 96), (40, 128), (96, 256), (128, 352)])
+def test_the_default_hidden_dim_is_eight_thirds_rounded_up_to_a_multiple_of_32(embed_dim, hidden_dim):
+    names = dict(model(embed_dim=embed_dim, num_heads=2).named_parameters())
+    assert names["layers.0.feed_forward.up_proj.weight"].shape == (hidden_dim, embed_dim)
+
+
+@pytest.mark.parametrize("num_layers", [1, 8])
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_weights_begin_normal_with_the_documented_deviation(num_layers, tie_embeddings):
+    transformer = model(embed_dim=64, num_layers=num_layers, tie_embeddings=tie_embeddings)
+    for name, parameter in transformer.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all()
+            continue
+        residual = name.endswith(("out_proj.weight", "down_proj.weight"))
+        std = 0.02 / (2 * num_layers) ** 0.5 if residual else 0.02
+        count = parameter.numel()
+        # Of `count` normal numbers: their mean has deviation std / sqrt(count), their square's mean sqrt(2 / count)
+        # relatively. 6 sigma.
+        assert abs(parameter.mean().item()) <= 6 * std / count**0.5
+        assert parameter.square().mean().item() == pytest.approx(std**2, rel=6 * (2 / count) ** 0.5)
+    assert any(name.endswith("down_proj.weight") for name, _ in transformer.named_parameters())
+
+
+def test_a_fresh_model_knows_nothing():
+    words = tokens(4, 60)
+    loss = cross_entropy(model(tie_embeddings=False)(words)[:, :-1].flatten(0, 1), words[:, 1:].flatten())
+    # Logits are sums of 32 products of a normed feature and a weight of deviation 0.02: deviation 0.11, of which half
+    # the square adds to log 50. As slack another half, and 6 deviations of a mean over 236 targets.
+    deviation = 0.02 * 32**0.5
+    assert abs(loss.item() - math.log(50)) <= deviation**2 + 6 * deviation / 236**0.5
+
+
+@DENSE_AND_BLOCKWISE
+def test_a_pattern_is_learned(block_size):
+    """Five tokens again and again: after the first, each is certain."""
+    transformer = model(vocab_size=10, num_layers=1, block_size=block_size)
+    words = torch.tensor([3, 1, 4, 1, 5]).repeat(6)[None]
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=0.01)
+    for _ in range(100):
+        loss = cross_entropy(transformer(words[:, :-1])[0], words[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert cross_entropy(transformer(words[:, :-1])[0], words[0, 1:]).item() < 0.01
+
+
+def test_an_empty_batch_and_an_empty_sequence_stay_empty():
+    assert model()(torch.empty(0, 5, dtype=torch.long)).shape == (0, 5, 50)
+    assert model()(torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 50)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: model(vocab_size=0), "vocab_size must be above 0 and an integer, got 0"),
+        (lambda: model(embed_dim=0), "embed_dim must be above 0 and an integer, got 0"),
+        (lambda: model(embed_dim=30), "embed_dim must be divisible by num_heads=4, got 30; or give head_dim"),
+        (lambda: model(num_layers=0), "num_layers must be above 0 and an integer, got 0"),
+        (lambda: model(num_layers=1.5), "num_layers must be above 0 and an integer, got 1.5"),  # type: ignore[arg-type]
+        (lambda: model(num_heads=0), "num_heads must be above 0 and an integer, got 0"),
+        (lambda: model(num_kv_heads=3), "num_kv_heads must divide num_heads=4, got 3"),
+        (lambda: model(head_dim=7), "head_dim must be even and above 0, got 7"),
+        (lambda: model(hidden_dim=0), "hidden_dim must be above 0 and an integer, got 0"),
+        (lambda: model(block_size=0), "block_size must be above 0 and an integer, or None for dense attention, got 0"),
+        (lambda: setattr(model(), "block_size", -3), "block_size must be above 0 and an integer, or None"),
+        (lambda: model(dropout=1.0), "dropout must be in [0, 1), got 1.0"),
+        (
+            lambda: model()(torch.zeros(2, 5)),
+            "tokens must be int64 or int32 (batch, seq_len), got torch.float32 (2, 5)",
+        ),
+        (lambda: model()(tokens(5)), "tokens must be int64 or int32 (batch, seq_len), got torch.int64 (5,)"),
+        (
+            lambda: model()(tokens(2, 5).byte()),
+            "tokens must be int64 or int32 (batch, seq_len), got torch.uint8 (2, 5)",
+        ),
+        (lambda: model()(tokens(2, 5) > 3), "tokens must be int64 or int32 (batch, seq_len), got torch.bool (2, 5)"),
+    ],
+)
+def test_errors_name_the_argument_its_value_and_what_is_allowed(call, said):
+    with pytest.raises(ValueError, match="must") as raised:
+        call()
+    assert said in str(raised.value)
