@@ -236,6 +236,8 @@ def extrapolate(
     text_sha256 = hashlib.sha256(text.numpy().tobytes()).hexdigest()
     settings = Settings(length, found[0].steps, longest, len(text), text_sha256, temperature, data)
 
+    for run in found:
+        run.model(torch.device("cpu"))  # complains before anything is measured
     folder = Path(output)
     cells = [(cell_of(run, mode), run, mode) for mode in settings.modes() for run in found]
     measured = {key_of(cell): cell for cell in earlier_cells(folder, settings)}

@@ -44,11 +44,9 @@ def interval(differences: np.ndarray, documents: list[str]) -> tuple[float, floa
     member = np.array([[name == document for document in documents] for name in names], dtype=float)
     sums, counts = differences @ member.T, member.sum(1)
     rng = np.random.default_rng(0)
-    means = []
-    for _ in range(REPLICATES):
-        runs = rng.integers(len(differences), size=len(differences))
-        chosen = rng.integers(len(names), size=len(names))
-        means.append(sums[np.ix_(runs, chosen)].sum() / (len(runs) * counts[chosen].sum()))
+    runs = rng.integers(len(differences), size=(REPLICATES, len(differences), 1))
+    chosen = rng.integers(len(names), size=(REPLICATES, 1, len(names)))
+    means = sums[runs, chosen].sum((1, 2)) / (len(differences) * counts[chosen].sum((1, 2)))
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 

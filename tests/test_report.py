@@ -1,0 +1,245 @@
+"""Averages, intervals, verdicts and bins of a report, on measurements made up to have known ones."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.report import REPLICATES, Measured, interval, logarithmic_bins, rise_over_trained, verdicts, write_report
+
+L = 16
+CONTEXTS = [L * 2**k // 4 for k in range(9)]  # up to 64 L
+DOCUMENTS = [f"d{i}" for i in range(4)]
+MODES = {"dense": "dense", "temperature": "dense, temperature 0.2", "BCA": "BCA, blocks of 8"}
+
+Rise = Callable[[float], float]  # of the context in trained lengths
+
+
+def cell(encoding: str, mode: str, rise: Rise, seed: int = 1, level: float = 2.0) -> dict[str, Any]:
+    """A measurement in which every window's loss is `level` at the trained length and rises as said."""
+    return {
+        "encoding": encoding,
+        "mode": mode,
+        "label": MODES[mode],
+        "seed": seed,
+        "losses": {str(c): [level + rise(c / L) + w / 10 for w in range(len(DOCUMENTS))] for c in CONTEXTS},
+        "by_position": [level + 1 / position for position in range(1, CONTEXTS[-1] + 1)],
+    }
+
+
+def told(cells: list[dict[str, Any]]) -> dict[str, str]:
+    """The verdicts, by the first word of their claims."""
+    keys = dict.fromkeys((c["encoding"], c["mode"]) for c in cells)
+    lines = {key: Measured([c for c in cells if (c["encoding"], c["mode"]) == key]) for key in keys}
+    rises = {line.name: rise_over_trained(line, DOCUMENTS, L) for line in lines.values()}
+    found = verdicts(lines, rises, DOCUMENTS, L)
+    return {verdict.split(": ", 1)[1].split()[0].strip(","): verdict for verdict in found}
+
+
+def flat(_: float) -> float:
+    return 0.0
+
+
+def at(**rises: float) -> Rise:
+    """A rise at some contexts: at(x4=1.0) is 1 nat at 4 L and nothing elsewhere."""
+    return lambda lengths: rises.get(f"x{lengths:g}", 0.0)
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("claim", "cells", "met", "figure"),
+    [
+        ("collapse", [("RoPE", "dense", at(x4=1.01))], True, "+1.010"),
+        ("collapse", [("RoPE", "dense", at(x4=0.99, x8=5))], False, "+0.990"),
+        ("collapse", [("RoPE", "dense", at(x4=-2))], False, "-2.000"),
+        ("xPos", [("xPos", "dense", at(x2=0.049, x4=9))], True, "+0.049"),
+        ("xPos", [("xPos", "dense", at(x2=0.051))], False, "+0.051"),
+        ("xPos", [("xPos", "dense", at(x2=-0.2))], True, "-0.200"),
+        ("flat", [("xPos", "BCA", at(x64=0.019))], True, "at most +0.0190, at 64 L"),
+        ("flat", [("xPos", "BCA", at(x2=0.021))], False, "at most +0.0210, at 2 L"),
+        ("flat", [("xPos", "BCA", lambda x: -0.01 if x > 1 else 0)], True, "at most -0.0100, at "),
+        ("flat", [("xPos", "BCA", at(**{"x0.25": 1.0, "x0.5": 1.0}))], True, "at most +0.0000"),
+        (
+            "open",
+            [("xPos", "temperature", at(x32=0.09, x64=3)), ("RoPE", "temperature", at(x32=1.1))],
+            True,
+            "xPos at most +0.090, RoPE +1.100",
+        ),
+        (
+            "open",
+            [("xPos", "temperature", at(x8=0.11)), ("RoPE", "temperature", at(x32=1.1))],
+            False,
+            "xPos at most +0.110, RoPE +1.100",
+        ),
+        (
+            "open",
+            [("xPos", "temperature", flat), ("RoPE", "temperature", at(x16=5, x32=0.9))],
+            False,
+            "xPos at most +0.000, RoPE +0.900",
+        ),
+    ],
+)
+def test_a_threshold_is_met_on_its_one_side_and_missed_on_the_other(
+    claim: str, cells: list[tuple[str, str, Rise]], met: bool, figure: str
+) -> None:
+    verdict = told([cell(*each) for each in cells])[claim]
+    assert verdict.startswith("met: " if met else "MISSED: ")
+    assert figure in verdict
+
+
+def test_flat_is_judged_by_the_upper_end_of_the_interval() -> None:
+    unsteady = cell("xPos", "BCA", flat)
+    unsteady["losses"][str(4 * L)] = [
+        loss + d for loss, d in zip(unsteady["losses"][str(L)], (0, 0, 0, 0.06), strict=True)
+    ]
+    rise = np.array(unsteady["losses"][str(4 * L)]) - np.array(unsteady["losses"][str(L)])
+    assert rise.mean() < 0.02
+    assert told([unsteady])["flat"].startswith("MISSED")
+
+
+@pytest.mark.parametrize(("xpos", "rope", "sign"), [(0.03, 0.01, "+0.0200"), (0.01, 0.05, "-0.0400")])
+def test_the_fair_comparison_is_reported_whichever_way_it_falls(xpos: float, rope: float, sign: str) -> None:
+    cells = [
+        cell(encoding, "BCA", at(x4=rise), seed, level=seed)
+        for encoding, rise in (("xPos", xpos), ("RoPE", rope))
+        for seed in (1, 2)
+    ]
+    for order in (cells, cells[::-1]):
+        assert f"xPos BCA rises more than RoPE BCA by {sign} [{sign}, {sign}] nats" in told(order)["from"]
+    assert "from" not in told(cells[:3])  # seeds that do not pair up say nothing
+
+
+def test_what_was_not_measured_is_not_judged() -> None:
+    assert told([cell("RoPE", "BCA", flat)]) == {}
+    assert told([cell("ALiBi", "dense", flat)]) == {}
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_constant_is_that_constant() -> None:
+    assert interval(np.full((3, 5), 0.25), ["a", "b", "b", "c", "d"]) == (0.25, 0.25)
+
+
+def test_the_interval_over_many_documents_is_that_of_a_normal_mean() -> None:
+    count = 400
+    sample = np.random.default_rng(1).normal(3.0, 2.0, size=(1, count))
+    low, high = interval(sample, [f"d{i}" for i in range(count)])
+    error = float(sample.std()) / math.sqrt(count)
+    # A 2.5 % quantile of R replicates of a normal variable has the standard error sqrt(0.025 * 0.975 / R) / density.
+    quantile_error = math.sqrt(0.025 * 0.975 / REPLICATES) / 0.0584 * error
+    assert low == pytest.approx(sample.mean() - 1.96 * error, abs=5 * quantile_error)
+    assert high == pytest.approx(sample.mean() + 1.96 * error, abs=5 * quantile_error)
+
+
+def test_more_windows_of_the_same_documents_do_not_narrow_the_interval() -> None:
+    once = np.random.default_rng(2).normal(size=(2, 10))
+    names = [f"d{i}" for i in range(10)]
+    narrow = interval(once, names)
+    assert interval(np.tile(once, (1, 6)), names * 6) == pytest.approx(narrow, rel=1e-12)
+
+
+def test_the_interval_spans_runs_that_disagree() -> None:
+    low, high = interval(np.array([[-1.0] * 4, [1.0] * 4]), DOCUMENTS)
+    assert (low, high) == (-1.0, 1.0)  # one in four samples draws the same of two runs twice
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(0, 10**6))
+def test_the_interval_lies_within_the_measurements(runs: int, windows: int, seed: int) -> None:
+    sample = np.random.default_rng(seed).normal(size=(runs, windows))
+    names = [f"d{i // 2}" for i in range(windows)]
+    low, high = interval(sample, names)
+    rounding = 1e-12
+    assert sample.min() - rounding <= low <= high <= sample.max() + rounding
+
+
+# --- averages --------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_the_mean_over_seeds_and_windows() -> None:
+    cells = [cell("xPos", "dense", at(x4=0.3), seed, level) for seed, level in ((2, 5.0), (1, 1.0))]
+    line = Measured(cells)
+    assert line.seeds == [1, 2]
+    assert line.losses[L][:, 0].tolist() == [1.0, 5.0]
+    assert line.mean(4 * L) == pytest.approx(3.0 + 0.3 + 0.15)
+    assert line.by_position[0] == pytest.approx(3.0 + 1)
+    rise, low, high = rise_over_trained(line, DOCUMENTS, L)[4 * L]
+    assert (rise, low, high) == pytest.approx((0.3, 0.3, 0.3))  # paired: levels of seeds and windows cancel
+
+
+# --- bins ------------------------------------------------------------------------------------------------------------
+
+
+def test_bins_are_octaves_of_positions() -> None:
+    centres, means = logarithmic_bins(np.arange(1.0, 9.0), bins_per_octave=1)
+    assert means == [1.0, 2.5, 6.0]  # of position 1, of 2 and 3, of 4 to 8
+    assert centres == pytest.approx([1.0, math.sqrt(2 * 3), math.sqrt(4 * 8)])
+
+
+@given(st.integers(2, 3000), st.integers(1, 4))
+def test_every_position_is_in_one_bin(count: int, bins_per_octave: int) -> None:
+    positions = np.arange(1.0, count + 1)
+    _, of_ones = logarithmic_bins(np.ones(count), bins_per_octave)
+    centres, means = logarithmic_bins(positions, bins_per_octave)
+    assert of_ones == [1.0] * len(centres)
+    first, expected = 1.0, []  # a bin that begins at f and whose mean is m ends at 2 m - f
+    for mean in means:
+        expected.append((first, 2 * mean - first))
+        first = 2 * mean - first + 1
+    assert expected[0][0] == 1
+    assert expected[-1][1] == count
+    assert all(begin <= centre <= end for (begin, end), centre in zip(expected, centres, strict=True))
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def all_cells() -> list[dict[str, Any]]:
+    return [
+        cell(encoding, mode, at(x2=0.5, x64=1.5), seed)
+        for mode, encoding, seed in itertools.product(MODES, ("xPos", "RoPE"), (1, 2, 3))
+    ]
+
+
+def table_of(report: str, title: str) -> dict[str, list[str]]:
+    """A table's rows by their heads."""
+    lines = itertools.takewhile(bool, report.split(f"## {title}\n\n")[1].splitlines())
+    rows = [[entry.strip() for entry in line.strip("|").split("|")] for line in lines]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_the_report_holds_each_number_in_each_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report(all_cells(), DOCUMENTS, CONTEXTS, 1000, tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    loss = 2.0 + 0.15 + 1.5  # at 64 L, over windows
+    for title, expected in (
+        ("Loss, nats a byte", f"{loss:.3f}"),
+        ("Perplexity a byte", f"{math.exp(loss):.2f}"),
+        ("Bits a byte", f"{loss / math.log(2):.3f}"),
+        ("Difference against context L, nats a byte, with 95 % interval", "+1.500 [+1.500, +1.500]"),
+    ):
+        table = table_of(report, title)
+        assert table["context"] == ["L/4", "L/2", "L", "2 L", "4 L", "8 L", "16 L", "32 L", "64 L"]
+        assert len(table) == 2 + 6
+        assert table["xPos, dense"][-1] == expected
+    assert "seeds 1, 2, 3; trained at L = 16 for 1000 steps" in report
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["cells"]) == 6 * len(CONTEXTS)
+    longest = [entry["loss"] for entry in summary["cells"] if entry["context"] == 64 * L]
+    assert longest == pytest.approx([loss] * 6)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_seed_is_said_to_be_one_seed(seeds: int, tmp_path: Path) -> None:
+    write_report([c for c in all_cells() if c["seed"] <= seeds], DOCUMENTS, CONTEXTS, 1000, tmp_path)
+    warned = "With one seed they say nothing about another training." in (tmp_path / "report.md").read_text()
+    assert warned == (seeds == 1)
