@@ -1,0 +1,95 @@
+"""What the wheel holds, what importing the library loads, and what its files import."""
+
+import ast
+import email
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import xpos_zoo
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "xpos_zoo").rglob("*.py"))
+# Whoever reads downward meets nothing that comes later.
+ORDER = ["rotary", "xpos", "dense", "blockwise", "attention", "transformer", "__init__"]
+
+
+def imports(source: Path) -> set[str]:
+    """The full names of all modules that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def loaded_by(statement: str) -> set[str]:
+    command = [sys.executable, "-c", f"import sys; {statement}; print(*sys.modules)"]
+    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_library_alone(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    (wheel,) = (zipfile.ZipFile(path) for path in tmp_path.iterdir())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    information = f"xpos_zoo-{project['version']}.dist-info"
+    library = {path.relative_to(ROOT).as_posix() for path in SOURCES}
+    assert {name for name in wheel.namelist() if not name.startswith(information)} == library | {"xpos_zoo/py.typed"}
+    assert wheel.read(f"{information}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    metadata = email.message_from_bytes(wheel.read(f"{information}/METADATA"))
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert {re.split(r"[<>=~! ]", line)[0] for line in required} == {"torch", "einops"}
+
+
+@pytest.mark.slow
+def test_importing_the_library_loads_torch_and_einops_alone():
+    before, after = loaded_by("import torch, einops"), loaded_by("import torch, einops, xpos_zoo")
+    packages = {name.partition(".")[0] for name in after - before}
+    assert packages <= {"xpos_zoo", *sys.stdlib_module_names, "torch", "einops"}
+    compiler = ("torch._dynamo", "torch._inductor")
+    assert not {name for name in after - before if name.startswith(compiler)}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_files_import_torch_einops_the_standard_library_and_what_comes_before_them(source):
+    allowed = {f"xpos_zoo.{module}" for module in ORDER[: ORDER.index(source.stem)]}
+    for module in imports(source):
+        package = module.partition(".")[0]
+        if package == "xpos_zoo":
+            assert module in allowed
+        else:
+            assert package in {"torch", "einops"} | sys.stdlib_module_names
+
+
+def test_the_documented_names_are_public():
+    assert set(xpos_zoo.__all__) >= {
+        "XPOS",
+        "RotaryEmbedding",
+        "fixed_pos_embedding",
+        "rotate_every_two",
+        "duplicate_interleave",
+        "apply_rotary_pos_emb",
+        "MultiHeadAttention",
+        "Transformer",
+    }
+
+
+@pytest.mark.parametrize("name", xpos_zoo.__all__)
+def test_every_public_name_is_documented(name):
+    assert inspect.getdoc(getattr(xpos_zoo, name))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_every_file_says_what_it_is_for(source):
+    assert ast.get_docstring(ast.parse(source.read_text()))
