@@ -288,6 +288,19 @@ def test_an_interrupted_measurement_goes_on_where_it_was_and_ends_the_same(
     assert len(calls) == 12 - done
 
 
+def test_an_interruption_at_the_keyboard_is_told_in_one_line(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.extrapolate, "measure", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main([str(trained), "--longest=4", "--output", str(tmp_path / "out")])
+    assert capfd.readouterr().err.splitlines()[-1] == "interrupted: the same command goes on where it was"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_that_joins_later_is_all_that_is_measured(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
