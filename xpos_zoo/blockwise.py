@@ -26,7 +26,8 @@ def blockwise_attention(
     def blocks(t: Tensor) -> Tensor:
         return rearrange(t, "b h (j w) d -> (b j) h w d", w=w)
 
-    q, k, v = (pad(t, (0, 0, 0, -n % w)) for t in (q, k, v))
+    b, j = q.shape[0], (n - 1) // w  # j blocks after the first
+    q, k, v = (pad(t, (0, 0, 0, (j + 1) * w - n)) for t in (q, k, v))
     first = dense_attention(q[..., :w, :], k[..., :w, :], v[..., :w, :], positions, dropout_p)
 
     # All other blocks at once: w queries against 2 w keys, from an origin in the middle of the queries' block.
@@ -35,5 +36,5 @@ def blockwise_attention(
     at = torch.arange(-w, w, device=q.device)
     q, k = positions.rotate(q, k, at[w:], at, origin=w // 2)
     rest = attend(q, k, v, at <= at[w:, None], dropout_p)
-    rest = rearrange(rest, "(b j) h w d -> b h (j w) d", j=(n - 1) // w)
+    rest = rearrange(rest, "(b j) h w d -> b h (j w) d", b=b, j=j)
     return torch.cat((first, rest), dim=-2)[..., :n, :]
