@@ -251,6 +251,20 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
     assert snapshot(run) == before
 
 
+def test_a_run_whose_checkpoint_was_damaged_goes_on_when_that_is_removed(
+    tmp_path: Path, uninterrupted: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InterruptionError):
+        fit(tmp_path, more=interrupted_at(5))
+    checkpoint = tmp_path / "runs" / "xpos" / "seed1" / "checkpoints" / "last.ckpt"
+    cut_in_half(checkpoint)
+    line = complaint(["fit", *options(tmp_path)], capfd)
+    assert line.startswith(f"{checkpoint} is no checkpoint, or a damaged one")
+    assert line.endswith("or remove it")
+    checkpoint.unlink()
+    assert_equals(fit(tmp_path), uninterrupted)
+
+
 def test_an_interrupted_save_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moves = 0
 
