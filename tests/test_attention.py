@@ -220,9 +220,15 @@ def test_a_block_made_on_the_meta_device_gives_the_loaded_ones_numbers(dtype, bl
     assert torch.equal(other(x), module(x))
 
 
-def test_the_state_dict_of_a_block_fits_any_block_size_and_either_encoding_of_the_weights():
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_projection_has_a_bias_or_none(bias):
+    kinds = ["weight", "bias"] if bias else ["weight"]
+    expected = {f"{name}_proj.{kind}" for name in ("q", "k", "v", "out") for kind in kinds}
+    assert {name for name, _ in block(bias=bias).named_parameters()} == expected
+
+
+def test_the_state_dict_fits_any_block_size():
     state = block(block_size=12).state_dict()
-    assert set(state) == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight", "positions.scale"}
     dense = MultiHeadAttention(32, 4)
     dense.load_state_dict(state)
     x = normal(0, 2, 40, 32)

@@ -126,6 +126,15 @@ def test_options_reach_every_layer():
         assert (attention_block.block_size, attention_block.dropout) == (7, 0.25)
 
 
+@pytest.mark.parametrize("silent", ["feed_forward.down_proj", "attention.out_proj"])
+def test_dropout_drops_features_of_either_branch_in_training_alone(silent):
+    layer, x = model(dropout=0.25, num_layers=1).layers[0], normal(0, 4, 50, 32)
+    torch.nn.init.zeros_(layer.get_parameter(f"{silent}.weight"))  # so that the other branch is all there is
+    dropped = (layer.train()(x) == x).double().mean().item()
+    assert abs(dropped - 0.25) <= 6 * (0.25 * 0.75 / x.numel()) ** 0.5
+    assert (layer.eval()(x) != x).all()
+
+
 def test_the_head_is_the_embedding_unless_untied():
     tied, untied = model(), model(tie_embeddings=False)
     assert tied.head.weight is tied.embedding.weight
