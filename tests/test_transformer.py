@@ -15,6 +15,7 @@ from reference import (
     difference,
     double,
     gradients,
+    luck,
     multi_head_attention,
     normal,
     plain_attention,
@@ -82,11 +83,12 @@ def test_logits_and_gradients_are_those_of_the_documented_architecture(options, 
     exact = results(logits, double(transformer))
     plain = results(partial(logits, attend=plain_attention), transformer)
     actual = results(Transformer.__call__, transformer)
+    largest = max(t.norm() for t in exact)
     for ours, right, reachable in zip(actual, exact, plain, strict=True):
         assert ours.dtype == dtype
-        # The same steps in the same dtype, and the rounding that scores may have.
-        scores = 32 * 4 * roundoff(torch.promote_types(dtype, torch.float32))
-        assert difference(ours, right) <= 2 * difference(reachable, right) + scores * right.norm()
+        # As `assert_block_is_exact`, with attention logits of size 2.
+        slack = 32 * 9 * roundoff(torch.promote_types(dtype, torch.float32)) + luck(dtype, 2, right)
+        assert difference(ours, right) <= 2 * difference(reachable, right) + slack * largest
 
 
 @DENSE_AND_BLOCKWISE
