@@ -64,7 +64,7 @@ def channels(z: Tensor, interleaved: bool = True) -> Tensor:
 def distances(q_positions: Tensor, k_positions: Tensor, mask: Tensor | None) -> Tensor:
     """n - m for each query and key; 0 where a mask hides the key, since the true future score may be infinite."""
     distance = (q_positions[..., :, None] - k_positions[..., None, :]).double()
-    return distance if mask is None else distance.masked_fill(~mask, 0)
+    return distance if mask is None else torch.where(mask, distance, 0)
 
 
 def scores(
@@ -282,6 +282,16 @@ def inputs(
 ) -> list[Tensor]:
     """Random q (b, h, n, d), k and v (b, g, n, d)."""
     return [normal(i, b, heads, n, d, dtype=dtype).requires_grad_(grad) for i, heads in enumerate((h, g, g))]
+
+
+def within_documents(mask: Tensor, ids: Tensor) -> Tensor:
+    """mask (n, n) where queries and keys have the same of ids (b, n): (b, 1, n, n)."""
+    return mask & (ids[:, None, :, None] == ids[:, None, None, :])
+
+
+def document_ids(n: int) -> Tensor:
+    """(2, n): two rows of three documents, cut at different places; the last has the id of the first."""
+    return torch.tensor([[int(n // 3 <= i < 2 * n // 3), 2 * int(n // 5 <= i < n // 2)] for i in range(n)]).mT
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,11 +7,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import DTYPES, HALVES, Encoding, assert_attends_exactly, inputs, normal, visible
+from reference import (
+    DTYPES,
+    HALVES,
+    Encoding,
+    assert_attends_exactly,
+    document_ids,
+    inputs,
+    normal,
+    visible,
+    within_documents,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xpos_zoo import XPOS
+from xpos_zoo import XPOS, dense
 from xpos_zoo.blockwise import blockwise_attention
 from xpos_zoo.dense import dense_attention
 
@@ -153,3 +163,20 @@ def test_attention_equals_the_formula_on_cuda(g, scale_base, dtype):
     q, k, v = inputs(101, g=g, d=16, dtype=dtype)
     actual = blockwise_attention(q.cuda(), k.cuda(), v.cuda(), XPOS(16, scale_base), 32).cpu()
     assert_attends_exactly(actual, q, k, v, visible(101, 32), Encoding(scale_base))
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_the_chunk_size_does_not_matter(chunk, monkeypatch):
+    monkeypatch.setattr(dense, "QUERY_CHUNK", chunk)
+    q, k, v = inputs(50)
+    actual = blockwise_attention(q, k, v, XPOS(8, 64), 16)
+    assert_attends_exactly(actual, q, k, v, visible(50, 16), Encoding(64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [1, 7, 16, 30])
+def test_attention_stays_within_documents(block_size, dtype):
+    q, k, v = inputs(50, dtype=dtype)
+    ids = document_ids(50)
+    actual = blockwise_attention(q, k, v, XPOS(8, 64), block_size, document_ids=ids)
+    assert_attends_exactly(actual, q, k, v, within_documents(visible(50, block_size), ids), Encoding(64))

@@ -7,10 +7,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import DTYPES, HALVES, Encoding, assert_attends_exactly, inputs, normal, visible
+from reference import (
+    DTYPES,
+    HALVES,
+    Encoding,
+    assert_attends_exactly,
+    document_ids,
+    inputs,
+    normal,
+    relative_error,
+    visible,
+    within_documents,
+)
 
 from xpos_zoo import XPOS, dense
-from xpos_zoo.dense import chunked_attention, dense_attention
+from xpos_zoo.dense import dense_attention
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,12 +65,30 @@ def test_attention_equals_the_formula_at_any_size(n, scale_base, d, b):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-@pytest.mark.parametrize("block_size", [5, 16, 40, 50])
-def test_the_chunk_size_does_not_matter(chunk, block_size, monkeypatch):
+def test_the_chunk_size_does_not_matter(chunk, monkeypatch):
     monkeypatch.setattr(dense, "QUERY_CHUNK", chunk)
     q, k, v = inputs(50)
-    actual = chunked_attention(q, k, v, XPOS(8, 64), block_size)
-    assert_attends_exactly(actual, q, k, v, visible(50, block_size), Encoding(64))
+    assert XPOS(8, 0.7).max_span(q.dtype) < 50
+    assert_attends_exactly(dense_attention(q, k, v, XPOS(8, 0.7)), q, k, v, visible(50), Encoding(0.7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize("scale_base", [64, 0.7])
+def test_attention_stays_within_documents(scale_base, chunk, dtype, monkeypatch):
+    monkeypatch.setattr(dense, "QUERY_CHUNK", chunk)
+    q, k, v = inputs(50, dtype=dtype)
+    ids = document_ids(50)
+    actual = dense_attention(q, k, v, XPOS(8, scale_base), document_ids=ids)
+    assert_attends_exactly(actual, q, k, v, within_documents(visible(50), ids), Encoding(scale_base))
+
+
+def test_a_packed_document_attends_as_it_would_alone():
+    q, k, v = inputs(50, grad=False)
+    packed = dense_attention(q, k, v, XPOS(8, 64), document_ids=torch.arange(50).expand(2, -1) // 17)
+    documents = zip(*(t.split(17, dim=-2) for t in (q, k, v)), strict=True)
+    alone = [dense_attention(q, k, v, XPOS(8, 64)) for q, k, v in documents]
+    assert relative_error(packed, torch.cat(alone, -2)) <= 1e-5
 
 
 @pytest.mark.parametrize("scale_base", [512, 0.7], ids=["one origin", "in chunks"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
@@ -29,6 +29,18 @@ def explained(error: ArgumentError, parser: ArgumentParser) -> UserError:
     elif message.endswith("Got value: None"):
         message += "; it has no default, so set it in YAML or on the command line"
     return UserError(message)
+
+
+def parsed(parser: ArgumentParser, args: list[str] | None) -> Namespace:
+    """The command line `args`, by default this process's.
+
+    Raises:
+        UserError: it does not parse.
+    """
+    try:
+        return parser.parse_args(args)
+    except ArgumentError as error:
+        raise explained(error, parser) from error
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from train.checkpoint import load_checkpoint
-from train.errors import UserError, explained, told_in_one_line
+from train.errors import UserError, parsed, told_in_one_line
 from train.files import replacing
 from train.language_model import LanguageModel
 from train.report import write_report
@@ -301,11 +301,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", help="folders of runs, or folders that contain them")
     parser.add_function_arguments(extrapolate, skip={"runs"})
     with told_in_one_line():
-        try:
-            options = parser.parse_args(args)
-        except ArgumentError as error:
-            raise explained(error, parser) from error
-        extrapolate(**options.as_dict())
+        extrapolate(**parsed(parser, args).as_dict())
 
 
 if __name__ == "__main__":

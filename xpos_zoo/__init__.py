@@ -1,6 +1,7 @@
 """xPos attention for PyTorch: exact at any length, in any precision, compiled or not."""
 
 from xpos_zoo.attention import MultiHeadAttention, Temperature
+from xpos_zoo.cache import KeyValueCache
 from xpos_zoo.dense import PositionModule
 from xpos_zoo.rotary import (
     RotaryEmbedding,
@@ -14,6 +15,7 @@ from xpos_zoo.xpos import XPOS
 
 __all__ = [
     "XPOS",
+    "KeyValueCache",
     "MultiHeadAttention",
     "PositionModule",
     "RotaryEmbedding",

@@ -12,6 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from xpos_zoo.blockwise import blockwise_attention
+from xpos_zoo.cache import KeyValueCache, cached_attention
+from xpos_zoo.checks import is_size, require_integers, require_sizes
 from xpos_zoo.dense import PositionModule, dense_attention
 from xpos_zoo.rotary import at_least_float32
 from xpos_zoo.xpos import XPOS
@@ -122,31 +124,108 @@ class MultiHeadAttention(nn.Module):
             f"head_dim={self.head_dim}, block_size={self.block_size}, temperature={self.temperature}"
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend causally within x (b, n, embed_dim); gives the same shape.
+    def make_cache(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> KeyValueCache:
+        """An empty cache for `forward`, of the attention pattern that `block_size` asks for now.
+
+        Args:
+            batch_size: rows.
+            max_length: tokens a row that dense attention has room for. Blockwise attention needs none: it keeps two
+                blocks, for ever.
+            dtype, device: by default those of the weights. Under autocast give autocast's dtype.
 
         Raises:
-            ValueError: x has another shape, or a dtype that the weights do not fit.
+            ValueError: a size is not positive, or max_length is missing for dense attention.
         """
-        self._check(x)
+        return KeyValueCache(
+            batch_size,
+            self.num_kv_heads,
+            self.head_dim,
+            self.positions,
+            max_length=max_length,
+            block_size=self.block_size,
+            dtype=self.k_proj.weight.dtype if dtype is None else dtype,
+            device=self.k_proj.weight.device if device is None else device,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: KeyValueCache | None = None,
+        lengths: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Attend causally within x (b, n, embed_dim); gives the same shape.
+
+        Args:
+            x: the sequence, or, with a cache, what comes next in it: one token or many.
+            cache: of `make_cache`; x is appended to it and attends to all that came before. The outputs are those of
+                one forward over everything. No gradient flows through attention with a cache.
+            lengths: with a cache, how many of each row's n tokens count, (b,), integers; the rest is padding on the
+                right, which is not cached. Rows go on from their own ends, each as it would alone. (Without a cache,
+                causal attention never looks at padding on the right.)
+            document_ids: without a cache, which document each token belongs to, (b, n), integers: attention stays
+                within documents. Only differences of positions count, so they need not restart.
+
+        Raises:
+            ValueError: an argument has another shape, a dtype that the weights or the cache do not fit, or does not go
+                with another; the cache is full (in a compiled graph a RuntimeError).
+        """
+        self._check(x, cache, lengths, document_ids)
+        b, n, _ = x.shape
         q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
         k = rearrange(self.k_proj(x), "b n (g d) -> b g n d", d=self.head_dim)
         v = rearrange(self.v_proj(x), "b n (g d) -> b g n d", d=self.head_dim)
         if self.temperature is not None:
-            q = self.temperature(q, visible_keys(torch.arange(x.shape[1], device=x.device), self.block_size))
+            at = torch.arange(n, device=x.device)
+            if cache is not None:
+                at = cache.length[:, None, None] + at
+            q = self.temperature(q, visible_keys(at, self.block_size))
         dropout_p = self.dropout if self.training else 0.0
-        if self.block_size is None:
-            attended = dense_attention(q, k, v, self.positions, dropout_p)
+        if cache is not None:
+            if k.dtype != cache.k.dtype:
+                raise ValueError(f"cache must hold the block's dtype {k.dtype}, got {cache.k.dtype}")
+            count = torch.full((b,), n, device=x.device) if lengths is None else lengths
+            attended = cached_attention(q, k, v, self.positions, cache, count)
+        elif self.block_size is None:
+            attended = dense_attention(q, k, v, self.positions, dropout_p, document_ids)
         else:
-            attended = blockwise_attention(q, k, v, self.positions, self.block_size, dropout_p)
+            attended = blockwise_attention(q, k, v, self.positions, self.block_size, dropout_p, document_ids)
         return self.out_proj(rearrange(attended, "b h n d -> b n (h d)"))
 
-    def _check(self, x: Tensor) -> None:
+    def _check(
+        self, x: Tensor, cache: KeyValueCache | None, lengths: Tensor | None, document_ids: Tensor | None
+    ) -> None:
         if x.ndim != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must have shape (batch, seq_len, embed_dim={self.embed_dim}), got {tuple(x.shape)}")
         weight = self.q_proj.weight
         if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise ValueError(f"x must have the weights' dtype {weight.dtype}, or run under autocast, got {x.dtype}")
+        if document_ids is not None:
+            require_integers("document_ids", document_ids, x.shape[:2])
+            if cache is not None:
+                raise ValueError("document_ids must be None with a cache: each row of a cache is one document")
+        if cache is None:
+            if lengths is not None:
+                raise ValueError("lengths must be None without a cache: causal attention never sees right padding")
+            return
+        if cache.block_size != self.block_size:
+            raise ValueError(f"cache must be made for block_size={self.block_size}, got one for {cache.block_size}")
+        kept = cache.k.shape
+        if (kept[0], kept[1], kept[3]) != (x.shape[0], self.num_kv_heads, self.head_dim):
+            raise ValueError(
+                f"cache must have batch size {x.shape[0]}, {self.num_kv_heads} heads and head_dim {self.head_dim}, "
+                f"got {kept[0]}, {kept[1]} and {kept[3]}"
+            )
+        if lengths is not None:
+            require_integers("lengths", lengths, x.shape[:1])
+        cache.check_room(x.shape[1], lengths)
 
 
 def visible_keys(positions: Tensor, block_size: int | None) -> Tensor:
@@ -154,14 +233,3 @@ def visible_keys(positions: Tensor, block_size: int | None) -> Tensor:
     if block_size is None:
         return positions + 1
     return positions + 1 - (positions // block_size - 1).clamp(min=0) * block_size
-
-
-def is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def require_sizes(**sizes: int) -> None:
-    """Raise ValueError for the first argument that is not above 0 and an integer."""
-    for name, value in sizes.items():
-        if not is_size(value):
-            raise ValueError(f"{name} must be above 0 and an integer, got {value!r}")

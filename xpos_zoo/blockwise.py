@@ -10,31 +10,72 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xpos_zoo.dense import PositionModule, attend, chunked_attention, dense_attention
+from xpos_zoo.dense import PositionModule, attend_windows, dense_attention, same_document
 
 
 def blockwise_attention(
-    q: Tensor, k: Tensor, v: Tensor, positions: PositionModule, block_size: int, dropout_p: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: PositionModule,
+    block_size: int,
+    dropout_p: float = 0.0,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
-    """Blockwise causal attention of q (b, h, n, d), not yet rotated, on k, v (b, g, n, d); gives (b, h, n, d)."""
+    """Blockwise causal attention of q (b, h, n, d), not yet rotated, on k, v (b, g, n, d); gives (b, h, n, d).
+
+    Only within documents if document_ids (b, n) tells them apart; blocks are counted from the start of the row.
+    """
     n, w = q.shape[-2], block_size
     if n <= 2 * w:  # every query sees all keys before it
-        return dense_attention(q, k, v, positions, dropout_p)
-    if w > positions.max_span(q.dtype):
-        return chunked_attention(q, k, v, positions, w, dropout_p)
-
-    def blocks(t: Tensor) -> Tensor:
-        return rearrange(t, "b h (j w) d -> (b j) h w d", w=w)
+        return dense_attention(q, k, v, positions, dropout_p, document_ids)
 
     b, j = q.shape[0], (n - 1) // w  # j blocks after the first
-    q, k, v = (pad(t, (0, 0, 0, (j + 1) * w - n)) for t in (q, k, v))
-    first = dense_attention(q[..., :w, :], k[..., :w, :], v[..., :w, :], positions, dropout_p)
-
-    # All other blocks at once: w queries against 2 w keys, from an origin in the middle of the queries' block.
-    q = blocks(q[..., w:, :])
-    k, v = (torch.cat((blocks(t[..., :-w, :]), blocks(t[..., w:, :])), dim=-2) for t in (k, v))
-    at = torch.arange(-w, w, device=q.device)
-    q, k = positions.rotate(q, k, at[w:], at, origin=w // 2)
-    rest = attend(q, k, v, at <= at[w:, None], dropout_p)
+    padding = (j + 1) * w - n
+    q, k, v = (pad(t, (0, 0, 0, padding)) for t in (q, k, v))
+    first_ids = visible = None
+    if document_ids is not None:
+        ids = pad(document_ids, (0, padding))
+        first_ids = ids[:, :w]
+        visible = same_document(fold(ids[:, w:, None], w)[..., 0], windows(ids[..., None], w)[..., 0])
+    first = dense_attention(q[..., :w, :], k[..., :w, :], v[..., :w, :], positions, dropout_p, first_ids)
+    k_at = torch.arange(-w, w, device=q.device)
+    rest = attend_blocks(fold(q[..., w:, :], w), windows(k, w), windows(v, w), positions, k_at, visible, dropout_p)
     rest = rearrange(rest, "(b j) h w d -> b h (j w) d", b=b, j=j)
     return torch.cat((first, rest), dim=-2)[..., :n, :]
+
+
+def fold(t: Tensor, w: int) -> Tensor:
+    """(b, ..., n, d) to (b j, ..., w, d): each block a batch row of its own."""
+    return rearrange(t, "b ... (j w) d -> (b j) ... w d", w=w)
+
+
+def windows(t: Tensor, w: int) -> Tensor:
+    """Of each block but the first, it and the block before it: (b, ..., n, d) to (b (j-1), ..., 2 w, d)."""
+    return torch.cat((fold(t[..., :-w, :], w), fold(t[..., w:, :], w)), dim=-2)
+
+
+def attend_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: PositionModule,
+    k_at: Tensor,
+    visible: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention of blocks q (b, h, w, d) on their windows k, v (b, g, 2 w, d), whose second half are the blocks.
+
+    Args:
+        k_at: positions (2 w,), from the start of a block, by which k is (still) to be rotated.
+        visible: where queries may look besides causality, broadcasting to (b, 1, w, 2 w).
+    """
+    w = q.shape[-2]
+    at = torch.arange(-w, w, device=q.device)
+
+    def window(rows: slice) -> tuple[slice, Tensor]:
+        keys = slice(0, w + rows.stop)
+        mask = at[keys] <= at[w:][rows, None]
+        return keys, mask if visible is None else mask & visible[..., rows, keys]
+
+    return attend_windows(q, k, v, positions, at[w:], k_at, window, dropout_p)

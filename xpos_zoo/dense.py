@@ -1,8 +1,9 @@
 """Dense causal attention at any length: every query sees every key up to its own position.
 
-Axes: b batch, h heads, g key-value heads (h is a multiple of g), n sequence, d head dimension.
+Axes: b batch, h heads, g key-value heads (h is a multiple of g), n queries, m keys, d head dimension.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -10,7 +11,10 @@ from einops import repeat
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-QUERY_CHUNK = 1024  # queries at a time beyond the span of one origin: bounds the mask at 1024 x n
+QUERY_CHUNK = 1024  # queries at a time where there is a mask: bounds it at 1024 x m
+
+# Which keys (a slice of them) some queries (a slice, too) look at, and where in there they see: (..., n, m), True.
+Window = Callable[[slice], tuple[slice, Tensor]]
 
 
 class PositionModule(Protocol):
@@ -23,7 +27,7 @@ class PositionModule(Protocol):
     def max_span(self, dtype: torch.dtype) -> int: ...
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
     """Softmax attention of q (b, h, n, d) on k, v (b, g, m, d): causal if mask is None, else where mask is True."""
     if mask is None:
         return scaled_dot_product_attention(
@@ -34,36 +38,73 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: floa
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, positions: PositionModule, dropout_p: float = 0.0) -> Tensor:
-    """Causal attention of q (b, h, n, d), not yet rotated, on k, v (b, g, n, d); gives (b, h, n, d)."""
-    n = q.shape[-2]
-    if n > positions.max_span(q.dtype):
-        return chunked_attention(q, k, v, positions, n, dropout_p)
-    at = torch.arange(n, device=q.device)
-    q, k = positions.rotate(q, k, at, at, origin=n // 2)
-    return attend(q, k, v, None, dropout_p)
-
-
-def chunked_attention(
-    q: Tensor, k: Tensor, v: Tensor, positions: PositionModule, block_size: int, dropout_p: float = 0.0
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: PositionModule,
+    dropout_p: float = 0.0,
+    document_ids: Tensor | None = None,
 ) -> Tensor:
-    """Attention to one's own block causally and to all of the block before it, some queries at a time.
+    """Causal attention of q (b, h, n, d), not yet rotated, on k, v (b, g, n, d); gives (b, h, n, d).
 
-    Each chunk of queries takes the positions of all keys that it sees from an origin in its own middle: no factor
-    grows with the distance that way, and those of far keys vanish as the scores do. With block_size n this is dense.
+    Only within documents if document_ids (b, n) tells them apart.
+    """
+    n = q.shape[-2]
+    at = torch.arange(n, device=q.device)
+    if document_ids is None and n <= positions.max_span(q.dtype):
+        q, k = positions.rotate(q, k, at, at, origin=n // 2)
+        return attend(q, k, v, None, dropout_p)
+
+    def window(rows: slice) -> tuple[slice, Tensor]:
+        keys = slice(0, rows.stop)
+        mask = at[keys] <= at[rows, None]
+        if document_ids is not None:
+            mask = mask & same_document(document_ids[:, rows], document_ids[:, keys])
+        return keys, mask
+
+    return attend_windows(q, k, v, positions, at, at, window, dropout_p)
+
+
+def same_document(q_ids: Tensor, k_ids: Tensor) -> Tensor:
+    """Whether queries and keys with ids (b, n) and (b, m) belong together: (b, 1, n, m)."""
+    return (q_ids[:, :, None] == k_ids[:, None, :])[:, None]
+
+
+def attend_windows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: PositionModule,
+    q_at: Tensor,
+    k_at: Tensor,
+    window: Window,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention of q (b, h, n, d) on what `window` shows of k, v (b, g, m, d), some queries at a time.
+
+    Each chunk of queries takes all positions from an origin in its own middle: no factor grows with the distance that
+    way, and those of far keys vanish as the scores do.
+
+    Args:
+        q_at: positions by which q is to be rotated, (n,) or with leading dimensions as `PositionModule.rotate` has it.
+        k_at: those by which k is (still) to be rotated, (m,) likewise.
     """
     n = q.shape[-2]
     chunk = min(positions.max_span(q.dtype), QUERY_CHUNK)
-    at = torch.arange(n, device=q.device)
-    outputs = []
-    for block in range(0, n, block_size):
-        block_end = min(block + block_size, n)
-        for start in range(block, block_end, chunk):
-            end = min(start + chunk, block_end)
-            rows, seen = slice(start, end), slice(max(block - block_size, 0), end)
-            q_chunk, k_seen = positions.rotate(
-                q[..., rows, :], k[..., seen, :], at[rows], at[seen], origin=(start + end) // 2
-            )
-            mask = at[seen] <= at[rows, None]
-            outputs.append(attend(q_chunk, k_seen, v[..., seen, :], mask, dropout_p))
-    return torch.cat(outputs, dim=-2)
+
+    def attend_chunk(start: int, end: int) -> Tensor:
+        rows = slice(start, end)
+        keys, mask = window(rows)
+        q_positions = q_at[..., rows]
+        # Keys later than all these queries are hidden; held back, they do not overflow.
+        k_positions = k_at[..., keys].minimum(q_at[..., end - 1 : end])
+        middle = (start + end) // 2
+        q_chunk, k_seen = positions.rotate(
+            q[..., rows, :], k[..., keys, :], q_positions, k_positions, q_at[..., middle : middle + 1]
+        )
+        return attend(q_chunk, k_seen, v[..., keys, :], mask, dropout_p)
+
+    if n <= chunk:
+        return attend_chunk(0, n)
+    return torch.cat([attend_chunk(start, min(start + chunk, n)) for start in range(0, n, chunk)], dim=-2)

@@ -3,14 +3,19 @@
 Axes: b batch, n sequence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
-from xpos_zoo.attention import MultiHeadAttention, Temperature, require_sizes
+from xpos_zoo.attention import MultiHeadAttention, Temperature
+from xpos_zoo.cache import KeyValueCache
+from xpos_zoo.checks import require_integers, require_sizes
 from xpos_zoo.dense import PositionModule
+from xpos_zoo.sampling import check_sampling, sample
 from xpos_zoo.xpos import XPOS
 
 NORM_EPS = torch.finfo(torch.float32).eps  # RMSNorm's default, but in float64 too, so that all dtypes compute the same
@@ -40,8 +45,14 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(attention.embed_dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(
+        self,
+        x: Tensor,
+        cache: KeyValueCache | None = None,
+        lengths: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache, lengths, document_ids))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -139,17 +150,155 @@ class Transformer(nn.Module):
         for attention in self.attentions:
             attention.temperature = value
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Next-token logits (b, n, vocab_size) for tokens (b, n).
+    def make_cache(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> "TransformerCache":
+        """An empty cache for `forward`; see `MultiHeadAttention.make_cache`."""
+        return TransformerCache(
+            attention.make_cache(batch_size, max_length, dtype=dtype, device=device) for attention in self.attentions
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: "TransformerCache | None" = None,
+        lengths: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Next-token logits (b, n, vocab_size) for integer tokens (b, n).
+
+        cache, lengths and document_ids are those of `MultiHeadAttention.forward`; a cache must be this model's own.
 
         Raises:
-            ValueError: tokens has another shape or is neither int64 nor int32.
+            ValueError: an argument has another shape, or is neither int64 nor int32, or as there.
         """
-        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"tokens must be int64 or int32 (batch, seq_len), got {tokens.dtype} {tuple(tokens.shape)}"
-            )
+        return self.head(self._features(tokens, cache, lengths, document_ids))
+
+    def _features(
+        self,
+        tokens: Tensor,
+        cache: "TransformerCache | None" = None,
+        lengths: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        check_tokens(tokens)
+        if cache is not None and len(cache) != len(self.layers):
+            raise ValueError(f"cache must have {len(self.layers)} layers, got {len(cache)}")
         x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x))
+        for i, layer in enumerate(self.layers):
+            x = layer(x, None if cache is None else cache[i], lengths, document_ids)
+        return self.norm(x)
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, *, lengths: Tensor | None = None, **options: Any) -> Tensor:
+        """Continue each row of tokens (b, n): (b, n + up to max_new_tokens).
+
+        Each row's new tokens follow its own end; with `lengths`, what remains on the right is still padding. All
+        arguments are those of `stream`.
+        """
+        ends = torch.full_like(tokens[:, 0], tokens.shape[1], dtype=torch.int64) if lengths is None else lengths.long()
+        rows = torch.arange(len(tokens), device=tokens.device)
+        for count, new in enumerate(self.stream(tokens, max_new_tokens, lengths=lengths, **options)):
+            tokens = pad(tokens, (0, 1))
+            tokens[rows, ends + count] = new
+        return tokens
+
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        lengths: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos: int | None = None,
+        seed: int | None = None,
+        decode: Callable[..., Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue each row of tokens (b, n): an iterator over (b,), the rows' next tokens.
+
+        Works at any length from a cache; with `block_size` set, in constant memory and time a token. Call `eval()`
+        first if the model has dropout.
+
+        Args:
+            tokens: the prompts, at least one token each.
+            max_new_tokens: when to stop.
+            lengths: tokens of each prompt, (b,), if the prompts are padded on the right; each goes on as if alone.
+            temperature, top_k, top_p: how to draw; see `xpos_zoo.sampling.sample`. Temperature 0 is greedy.
+            eos: token that ends a row, which then repeats it; when all rows have ended, so does the iterator.
+            seed: of the random numbers; by default torch's own go on.
+            decode: what to call for a step instead of this model, such as `torch.compile(model, fullgraph=True)`.
+
+        Raises:
+            ValueError: an argument is out of range or has another shape.
+        """
+        check_tokens(tokens)
+        if tokens.shape[1] == 0:
+            raise ValueError(f"tokens must have at least one token a row, got {tuple(tokens.shape)}")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be 0 or above, got {max_new_tokens}")
+        if lengths is not None:
+            require_integers("lengths", lengths, tokens.shape[:1])
+            if not ((lengths > 0) & (lengths <= tokens.shape[1])).all():
+                raise ValueError(f"lengths must be from 1 to seq_len={tokens.shape[1]}, got {lengths.tolist()}")
+        check_sampling(temperature, top_k, top_p)
+        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+        draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        return self._stream(tokens, max_new_tokens, lengths, draw, eos, self if decode is None else decode)
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        lengths: Tensor | None,
+        draw: Callable[[Tensor], Tensor],
+        eos: int | None,
+        decode: Callable[..., Tensor],
+    ) -> Iterator[Tensor]:
+        if max_new_tokens == 0:
+            return
+        b, n = tokens.shape
+        cache = self.make_cache(b, n + max_new_tokens)
+        features = self._features(tokens, cache, lengths)
+        last = features[:, -1] if lengths is None else features[torch.arange(b, device=tokens.device), lengths - 1]
+        new = draw(self.head(last))
+        ended = torch.zeros_like(new, dtype=torch.bool)
+        for left in reversed(range(max_new_tokens)):
+            yield new
+            if eos is not None:
+                ended |= new == eos
+                if ended.all():
+                    return
+            if left:
+                new = draw(decode(new[:, None], cache)[:, -1])
+                if eos is not None:
+                    new = new.masked_fill(ended, eos)
+
+
+class TransformerCache(nn.ModuleList):
+    """A `KeyValueCache` for each layer, in which all rows have the same length."""
+
+    @property
+    def length(self) -> Tensor:
+        """Tokens seen by each row, (b,)."""
+        return self[0].length  # type: ignore[return-value]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for cache in self:
+            cache.reset()  # type: ignore[operator]
+
+    def select(self, rows: Tensor) -> "TransformerCache":
+        """See `KeyValueCache.select`."""
+        return TransformerCache(cache.select(rows) for cache in self)  # type: ignore[operator]
+
+
+def check_tokens(tokens: Tensor) -> None:
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens must be int64 or int32 (batch, seq_len), got {tokens.dtype} {tuple(tokens.shape)}")

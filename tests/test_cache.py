@@ -1,0 +1,343 @@
+"""Attention from a cache: the same numbers as one full forward, however the sequence comes.
+
+Axes: b batch, h heads, g key-value heads, n sequence, d head dimension.
+"""
+
+import copy
+import io
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import (
+    DTYPES,
+    HALVES,
+    Encoding,
+    assert_attends_exactly,
+    double,
+    multi_head_attention,
+    normal,
+    relative_error,
+    roundoff,
+    visible,
+)
+from torch import Tensor
+
+from xpos_zoo import XPOS, KeyValueCache, MultiHeadAttention, RotaryEmbedding, Temperature
+from xpos_zoo.cache import cached_attention, rotate_keys
+
+splits = st.lists(st.one_of(st.just(1), st.integers(0, 5), st.integers(0, 40)), min_size=1, max_size=8)
+CONTRACT = 1e-5  # relative to the full forward, in float32
+
+
+def in_pieces(
+    q: Tensor, k: Tensor, v: Tensor, positions: RotaryEmbedding, cache: KeyValueCache, sizes: list[int]
+) -> Tensor:
+    """What `cached_attention` gives for sequences that come in pieces of these sizes."""
+    pieces = zip(*(t.split(sizes, dim=-2) for t in (q, k, v)), strict=True)
+    counts = [torch.full((q.shape[0],), size, device=q.device) for size in sizes]
+    outputs = [
+        cached_attention(q, k, v, positions, cache, count) for (q, k, v), count in zip(pieces, counts, strict=True)
+    ]
+    return torch.cat(outputs, dim=-2)
+
+
+@given(
+    sizes=splits,
+    block_size=st.sampled_from([None, None, 1, 2, 5, 16, 40]),
+    scale_base=st.sampled_from([None, 0.05, 0.7, 3, 64, 512]),
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    dtype=st.sampled_from(DTYPES),
+    interleaved=st.booleans(),
+)
+def test_any_pieces_attend_by_the_formula(sizes, block_size, scale_base, heads, dtype, interleaved):
+    n, (h, g) = sum(sizes), heads
+    q, k, v = (normal(i, 2, count, n, 6, dtype=dtype) for i, count in enumerate((h, g, g)))
+    encoding = Encoding(scale_base, interleaved=interleaved)
+    positions = encoding.module(6)
+    cache = KeyValueCache(2, g, 6, positions, max_length=max(n, 1), block_size=block_size, dtype=dtype)
+    actual = in_pieces(q, k, v, positions, cache, sizes)
+    assert_attends_exactly(actual, q, k, v, visible(n, block_size), encoding)
+
+
+@pytest.mark.parametrize("block_size", [None, 16], ids=["dense", "blockwise"])
+@pytest.mark.parametrize("num_kv_heads", [4, 1])
+def test_the_block_gives_what_one_full_forward_gives(block_size, num_kv_heads):
+    module = attention_block(block_size, num_kv_heads=num_kv_heads)
+    x = normal(0, 2, 90, 32)
+    expected = multi_head_attention(double(module), x.double())
+    cache = module.make_cache(2, 90)
+    actual = torch.cat([module(piece, cache=cache) for piece in x.split([20, 1, 1, 33, 1, 0, 34], dim=1)], 1)
+    assert relative_error(actual, expected) <= CONTRACT
+    assert relative_error(actual, module(x)) <= CONTRACT
+
+
+@pytest.mark.parametrize("block_size", [None, 8], ids=["dense", "blockwise"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_rows_of_different_length_go_on_as_each_would_alone(block_size, dtype):
+    """Prompts padded on the right, then chunks of which each row takes another part, then single tokens."""
+    module = attention_block(block_size).to(dtype)
+    x = normal(0, 4, 70, 32, dtype=dtype)
+    pieces = [(30, [30, 1, 17, 0]), (9, [2, 9, 0, 9]), *[(1, [1, 1, 1, 1])] * 12, (1, [1, 0, 1, 0]), (6, [6, 5, 1, 3])]
+    cache = module.make_cache(4, 70)
+    seen, outputs = [0] * 4, [[] for _ in range(4)]
+    for n, counts in pieces:
+        piece = normal(9, 4, n, 32, dtype=dtype)  # what is padding must not count
+        for row, count in enumerate(counts):
+            piece[row, :count] = x[row, seen[row] : seen[row] + count]
+        output = module(piece, cache=cache, lengths=torch.tensor(counts))
+        assert output.isfinite().all()
+        for row, count in enumerate(counts):
+            outputs[row].append(output[row, :count])
+            seen[row] += count
+    assert cache.length.tolist() == seen
+    for row in range(4):
+        alone = x[row : row + 1, : seen[row]]
+        full, exact = module(alone), multi_head_attention(double(module), alone.double())
+        allowed = 2 * relative_error(full, exact) + 2 * roundoff(dtype)  # the cache's keys may be rounded twice
+        assert relative_error(torch.cat(outputs[row])[None], exact) <= allowed
+
+
+@pytest.mark.parametrize("start", [999_936, 2**40])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_blockwise_decode_is_as_exact_at_token_one_million_as_at_the_first(start, dtype):
+    w = 64
+    q, k, v = (normal(i, 1, 2, 3 * w, 16, dtype=dtype) for i in range(3))
+    positions = XPOS(16, w)
+    cache = KeyValueCache(1, 2, 16, positions, block_size=w, dtype=dtype)
+    cache.length += start
+    assert start % w == 0
+    actual = in_pieces(q, k, v, positions, cache, [30] + [1] * (3 * w - 30))
+    # What came before `start` is in sight of the first block alone.
+    rest, mask = slice(w, None), visible(3 * w, w)
+    assert_attends_exactly(actual[..., rest, :], q[..., rest, :], k, v, mask[rest], Encoding(w))
+
+
+@pytest.mark.parametrize("block_size", [None, 8], ids=["dense", "blockwise"])
+def test_memory_does_not_grow_by_a_byte(block_size):
+    module = attention_block(block_size)
+    cache = module.make_cache(2, 300)
+    before = [(t.data_ptr(), t.untyped_storage().nbytes()) for t in cache.buffers()]
+    for _ in range(300):
+        module(torch.zeros(2, 1, 32), cache=cache)
+    assert [(t.data_ptr(), t.untyped_storage().nbytes()) for t in cache.buffers()] == before
+    if block_size is not None:
+        assert cache.slots == 2 * block_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("scale_base", [64, 512])
+def test_dense_decode_at_131072_keys_attends_by_the_formula(dtype, scale_base):
+    n, encoding = 131_072, Encoding(scale_base)
+    positions = encoding.module(8)
+    q, k, v = normal(0, 1, 2, 1, 8, dtype=dtype), *(normal(i, 1, 1, n, 8, dtype=dtype) for i in (1, 2))
+    cache = KeyValueCache(1, 1, 8, positions, max_length=n, dtype=dtype)
+    at = torch.arange(n - 1) % cache.part_size
+    cache.append(rotate_keys(positions, k[..., :-1, :], at), v[..., :-1, :], torch.tensor([n - 1]))
+    actual = cached_attention(q, k[..., -1:, :], v[..., -1:, :], positions, cache, torch.tensor([1]))
+    assert_attends_exactly(actual, q, k, v, torch.ones(1, n, dtype=torch.bool), encoding)
+
+
+def test_temperature_counts_the_keys_that_the_cache_holds():
+    for block_size in (None, 16):
+        module = attention_block(block_size)
+        module.temperature = Temperature(0.5, 10)
+        x = normal(0, 2, 60, 32)
+        cache = module.make_cache(2, 60)
+        actual = torch.cat([module(piece, cache=cache) for piece in x.split([25, 1, 1, 33], dim=1)], 1)
+        assert relative_error(actual, multi_head_attention(double(module), x.double())) <= CONTRACT
+
+
+@pytest.mark.parametrize("block_size", [None, 8], ids=["dense", "blockwise"])
+def test_selected_rows_go_on_apart_from_the_rows_they_come_from(block_size):
+    module = attention_block(block_size)
+    x, more = normal(0, 3, 20, 32), normal(1, 4, 9, 32)
+    cache = module.make_cache(3, 40)
+    module(x, cache=cache)
+    rows = torch.tensor([2, 0, 0, 1])
+    forked = cache.select(rows)
+    expected = module(torch.cat((x[rows], more), 1))[:, 20:]
+    assert relative_error(module(more, cache=forked), expected) <= CONTRACT
+    assert cache.length.tolist() == [20] * 3
+    assert relative_error(module(more[:3], cache=cache), module(torch.cat((x, more[:3]), 1))[:, 20:]) <= CONTRACT
+
+
+def test_a_reset_cache_is_as_a_fresh_one():
+    for block_size in (None, 8):
+        module = attention_block(block_size)
+        cache = module.make_cache(2, 40)
+        module(normal(1, 2, 37, 32) * 1000, cache=cache)
+        cache.reset()
+        fresh = module.make_cache(2, 40)
+        for piece in normal(0, 2, 40, 32).split([11, 1, 28], dim=1):
+            assert torch.equal(module(piece, cache=cache), module(piece, cache=fresh))
+
+
+def test_a_cache_is_saved_loaded_and_copied_like_a_module():
+    module = attention_block(8)
+    cache = module.make_cache(2)
+    x, more = normal(0, 2, 20, 32), normal(1, 2, 5, 32)
+    module(x, cache=cache)
+    file = io.BytesIO()
+    torch.save(cache.state_dict(), file)
+    file.seek(0)
+    loaded = module.make_cache(2)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    copied = copy.deepcopy(cache)
+    expected = module(more, cache=cache)
+    assert torch.equal(module(more, cache=loaded), expected)
+    assert torch.equal(module(more, cache=copied), expected)
+    assert cache.to(torch.bfloat16).length.dtype == torch.int64
+
+
+def test_no_gradient_flows_through_attention_with_a_cache():
+    module = attention_block(8)
+    x = normal(0, 2, 20, 32).requires_grad_()
+    assert not module(x, cache=module.make_cache(2)).requires_grad
+
+
+def test_a_cache_under_autocast_has_its_dtype():
+    module = attention_block(8)
+    x = normal(0, 2, 30, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = module.make_cache(2, dtype=torch.bfloat16)
+        actual = torch.cat([module(piece, cache=cache) for piece in x.split([20, 1, 9], dim=1)], 1)
+        full = module(x)
+    exact = multi_head_attention(double(module), x.double())
+    assert relative_error(actual, exact) <= 2 * relative_error(full, exact)
+
+
+def test_an_empty_piece_or_batch_stays_empty():
+    for block_size in (None, 8):
+        module = attention_block(block_size)
+        cache = module.make_cache(2, 10)
+        assert module(torch.zeros(2, 0, 32), cache=cache).shape == (2, 0, 32)
+        assert cache.length.tolist() == [0, 0]
+        for n in (1, 5):
+            assert module(torch.zeros(0, n, 32), cache=module.make_cache(0, 10)).shape == (0, n, 32)
+
+
+def attention_block(block_size: int | None = None, **options) -> MultiHeadAttention:
+    torch.manual_seed(0)
+    module = MultiHeadAttention(32, 4, positions=partial(XPOS, scale_base=16), block_size=block_size, **options)
+    return module.requires_grad_(False)
+
+
+dense, blockwise, x = attention_block(), attention_block(8), torch.zeros(2, 5, 32)
+
+
+def full_cache() -> KeyValueCache:
+    cache = dense.make_cache(2, 7)
+    dense(x[:, :3], cache=cache)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: dense.make_cache(2), "max_length must be given for dense attention"),
+        (lambda: dense.make_cache(2, 0), "max_length must be above 0 and an integer, got 0"),
+        (lambda: dense.make_cache(-1, 5), "batch_size must be 0 or above, got -1"),
+        (
+            lambda: dense(x, cache=full_cache()),
+            "cache must have room for 5 more tokens, got max_length=7, of which 3 are taken",
+        ),
+        (lambda: dense(x, cache=blockwise.make_cache(2)), "cache must be made for block_size=None, got one for 8"),
+        (lambda: blockwise(x, cache=dense.make_cache(2, 9)), "cache must be made for block_size=8, got one for None"),
+        (lambda: dense(x, cache=dense.make_cache(3, 9)), "cache must have batch size 2, 4 heads and head_dim 8, got 3"),
+        (
+            lambda: dense(x, cache=attention_block(num_kv_heads=2).make_cache(2, 9)),
+            "cache must have batch size 2, 4 heads and head_dim 8, got 2, 2 and 8",
+        ),
+        (
+            lambda: dense(x, cache=dense.make_cache(2, 9, dtype=torch.float16)),
+            "cache must hold the block's dtype torch.float32, got torch.float16",
+        ),
+        (lambda: dense(x, lengths=torch.tensor([5, 5])), "lengths must be None without a cache"),
+        (
+            lambda: dense(x, cache=dense.make_cache(2, 9), lengths=torch.tensor([5])),
+            "lengths must be integers of shape (2,), got torch.int64 (1,)",
+        ),
+        (
+            lambda: dense(x, cache=dense.make_cache(2, 9), lengths=torch.tensor([5, 6])),
+            "lengths must be between 0 and seq_len=5, got [5, 6]",
+        ),
+        (
+            lambda: dense(x, cache=dense.make_cache(2, 9), lengths=torch.tensor([5.0, 3.0])),
+            "lengths must be integers of shape (2,), got torch.float32 (2,)",
+        ),
+        (
+            lambda: dense(x, cache=dense.make_cache(2, 9), document_ids=torch.zeros(2, 5, dtype=torch.int64)),
+            "document_ids must be None with a cache",
+        ),
+    ],
+)
+def test_errors_name_the_argument_its_value_and_what_is_allowed(call, said):
+    with pytest.raises(ValueError, match="must") as raised:
+        call()
+    assert said in str(raised.value)
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    cache = full_cache()
+    before = copy.deepcopy(cache.state_dict())
+    with pytest.raises(ValueError, match="cache must have room"):
+        dense(x, cache=cache)
+    assert all(torch.equal(before[name], kept) for name, kept in cache.state_dict().items())
+    dense(x[:, :4], cache=cache)  # which exactly fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [None, 16], ids=["dense", "blockwise"])
+def test_one_graph_decodes_and_two_prefill(block_size, compiler_counts):
+    module = attention_block(block_size)
+    compiled = torch.compile(module, fullgraph=True)
+    x = normal(0, 2, 900, 32)
+    sizes = [*range(2, 32), *[1] * 300]
+    cache, outputs = module.make_cache(2, 900), []
+    with torch.no_grad():
+        for i, piece in enumerate(x[:, : sum(sizes)].split(sizes, dim=1)):
+            outputs.append(compiled(piece, cache=cache))
+            if sizes[i] != sizes[i - 1] and i in (1, 29):
+                assert compiler_counts["stats"]["unique_graphs"] <= 2
+    assert compiler_counts["stats"]["unique_graphs"] <= 3
+    assert not compiler_counts["graph_break"]
+    assert relative_error(torch.cat(outputs, 1), module(x[:, : sum(sizes)])) <= CONTRACT
+
+
+@pytest.mark.slow
+def test_a_full_cache_raises_from_a_graph_too(compiler_counts):
+    cache = dense.make_cache(1, 3)
+    compiled = torch.compile(dense, fullgraph=True)
+    for _ in range(3):
+        compiled(x[:1, :1], cache=cache)
+    with pytest.raises(RuntimeError, match="cache is full: see its max_length"):
+        compiled(x[:1, :1], cache=cache)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("block_size", [None, 16], ids=["dense", "blockwise"])
+def test_any_pieces_attend_by_the_formula_on_cuda(block_size, dtype):
+    q, k, v = (normal(i, 2, heads, 101, 16, dtype=dtype) for i, heads in enumerate((4, 2, 2)))
+    positions = XPOS(16, 64)
+    cache = KeyValueCache(2, 2, 16, positions, max_length=101, block_size=block_size, dtype=dtype).cuda()
+    actual = in_pieces(q.cuda(), k.cuda(), v.cuda(), positions, cache, [40, 1, 1, 30, 1, 28])
+    assert_attends_exactly(actual.cpu(), q, k, v, visible(101, block_size), Encoding(64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [None, 16], ids=["dense", "blockwise"])
+def test_decode_runs_in_a_cuda_graph(block_size, compiler_counts):
+    module = attention_block(block_size).cuda()
+    compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
+    x, cache = normal(0, 2, 60, 32).cuda(), module.make_cache(2, 60)
+    with torch.no_grad():
+        outputs = [module(x[:, :20], cache=cache)]
+        for i in range(20, 60):
+            torch.compiler.cudagraph_mark_step_begin()
+            outputs.append(compiled(x[:, i : i + 1], cache=cache).clone())
+    assert relative_error(torch.cat(outputs, 1), module(x)) <= CONTRACT

@@ -1,0 +1,85 @@
+"""`python -m train.sample --checkpoint runs/xpos/seed1 --prompt "def "`: text from a trained model, as it comes."""
+
+import codecs
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+
+from train.checkpoint import load_checkpoint
+from train.errors import UserError, parsed, told_in_one_line
+from train.language_model import LanguageModel
+
+
+def sample(
+    checkpoint: str,
+    prompt: str = "\n",
+    max_new_tokens: int = 500,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    block_size: int | None = None,
+    compile: bool = False,
+    device: str = "cpu",
+) -> None:
+    """Print the prompt and what the model makes of it, byte by byte.
+
+    Args:
+        checkpoint: a checkpoint of `python -m train fit`, or the folder of a run, whose last one is meant.
+        prompt: how the text begins; at least one character.
+        max_new_tokens: bytes to draw. Any number: blockwise attention takes the same time and memory for each.
+        temperature: divides the logits; 0 takes the likeliest byte.
+        top_k: draw among the k likeliest bytes only.
+        top_p: draw among the fewest bytes whose probabilities sum to p.
+        seed: of the random numbers; the same seed gives the same text.
+        block_size: of blockwise attention; by default half the trained length. 0 attends to the whole text.
+        compile: compile the step; worth it for long texts.
+        device: cpu or cuda.
+
+    Raises:
+        UserError: an argument is out of range, or the checkpoint is missing or damaged.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    load_checkpoint(path)
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"device must be cpu{', or cuda' * torch.cuda.is_available()}, got {device}")
+    if not prompt:
+        raise UserError("prompt must have at least one character, got none")
+    module = LanguageModel.load_from_checkpoint(path, map_location=device, weights_only=True).eval()
+    model = module.transformer
+    tokens = torch.tensor([list(prompt.encode())], device=device)
+    try:
+        model.block_size = module.hparams["context_length"] // 2 if block_size is None else block_size or None
+        stream = model.stream(
+            tokens,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            decode=torch.compile(model, fullgraph=True) if compile else None,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    print(prompt, end="", flush=True)
+    try:
+        for token in stream:
+            print(decoder.decode(bytes(token.tolist())), end="", flush=True)
+    except KeyboardInterrupt:
+        pass  # enough text
+    print(decoder.decode(b"", final=True))
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m train.sample", description=__doc__, exit_on_error=False)
+    parser.add_function_arguments(sample)
+    with told_in_one_line():
+        sample(**parsed(parser, args).as_dict())
+
+
+if __name__ == "__main__":
+    main()
