@@ -142,6 +142,9 @@ def read_run(path: Path) -> Run:
 def choose_windows(documents: list[Document], length: int, count: int) -> tuple[Tensor, list[str]]:
     """Up to `count` windows (w, length) that do not overlap, from as many documents as possible, and their names.
 
+    They are cut from a document's middle, so that early positions are no easier or harder than late ones: files begin
+    in a way of their own.
+
     Raises:
         UserError: no document is that long.
     """
@@ -155,9 +158,10 @@ def choose_windows(documents: list[Document], length: int, count: int) -> tuple[
         )
     for turn in range(max(len(document.tokens) // length for document in long_enough)):
         for document in long_enough:
-            window = document.tokens[turn * length : (turn + 1) * length]
-            if len(window) == length:
-                chosen.append((document.name, window.long()))
+            fit, rest = divmod(len(document.tokens), length)
+            start = rest // 2 + turn * length
+            if turn < fit:
+                chosen.append((document.name, document.tokens[start : start + length].long()))
     names, windows = zip(*chosen[:count], strict=True)
     return torch.stack(windows), list(names)
 

@@ -62,7 +62,8 @@ def write_report(
     found = verdicts({(line.encoding, line.mode): line for line in lines}, rises, documents, length)
     seeds = sorted({seed for line in lines for seed in line.seeds})
     caption = (
-        f"{len(documents)} windows of {len(set(documents))} held-out documents, seeds {', '.join(map(str, seeds))}; "
+        f"{len(documents)} windows of {len(set(documents))} held-out documents, "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
         f"trained at L = {length} for {steps} steps; "
         f"the same last {length // 2} bytes of each window are predicted at every context."
     )
