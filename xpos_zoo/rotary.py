@@ -162,10 +162,9 @@ class RotaryEmbedding(nn.Module):
             origin: the position from which both are measured. Scores do not depend on it; how far the intermediate
                 numbers are from 1 does.
         """
-        return (
-            rotate_pairs(q, *self._table(q, q_positions - origin), self.interleaved),
-            rotate_pairs(k, *self._table(k, k_positions - origin), self.interleaved),
-        )
+        q_table = self._table(q, q_positions - origin)
+        k_table = q_table if k_positions is q_positions else self._table(k, k_positions - origin)
+        return rotate_pairs(q, *q_table, self.interleaved), rotate_pairs(k, *k_table, self.interleaved)
 
     def max_span(self, dtype: torch.dtype) -> int:
         """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`: no limit."""

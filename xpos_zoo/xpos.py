@@ -87,16 +87,21 @@ class XPOS(RotaryEmbedding):
         """
         positions = self._positions(x, offset)
         origin = (x.shape[-2] + offset + 1) // 2
-        return self._scaled_rotation(x, positions, positions - origin, downscale)
+        return self._scaled_rotation(x, *self._tables(x, positions, positions - origin), downscale)
 
     def rotate(
         self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, origin: int | Tensor = 0
     ) -> tuple[Tensor, Tensor]:
         """As `RotaryEmbedding.rotate`, with q scaled by zeta^((q_positions - origin) / scale_base), k inversely."""
-        q_positions, k_positions = q_positions - origin, k_positions - origin
+        q_at = q_positions - origin
+        q_tables = self._tables(q, q_at, q_at)
+        k_tables = q_tables
+        if k_positions is not q_positions:
+            k_at = k_positions - origin
+            k_tables = self._tables(k, k_at, k_at)
         return (
-            self._scaled_rotation(q, q_positions, q_positions, downscale=False),
-            self._scaled_rotation(k, k_positions, k_positions, downscale=True),
+            self._scaled_rotation(q, *q_tables, downscale=False),
+            self._scaled_rotation(k, *k_tables, downscale=True),
         )
 
     def max_span(self, dtype: torch.dtype) -> int:
@@ -109,9 +114,12 @@ class XPOS(RotaryEmbedding):
         bits_per_position = -math.log2(GAMMA / (1 + GAMMA)) / self.scale_base
         return max(1, int(2 * bits / bits_per_position))
 
-    def _scaled_rotation(self, x: Tensor, angles_at: Tensor, decay_at: Tensor, downscale: bool) -> Tensor:
-        cos, sin = self._table(x, angles_at)
+    def _tables(self, x: Tensor, angles_at: Tensor, decay_at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """cos and sin of angles_at, and the decay of decay_at. As three tables, queries and keys can share them."""
         decay = decay_table(decay_at, self.head_dim, float(self.scale_base), at_least_float32(x.dtype))
+        return *self._table(x, angles_at), decay
+
+    def _scaled_rotation(self, x: Tensor, cos: Tensor, sin: Tensor, decay: Tensor, downscale: bool) -> Tensor:
         if downscale:
             return rotate_pairs(x, cos / decay, sin / decay, self.interleaved)
         return rotate_pairs(x, cos * decay, sin * decay, self.interleaved)
