@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import milliseconds, publish
+from benchmarks.harness import milliseconds, peers, publish
 from xpos_zoo import XPOS, MultiHeadAttention
 
 POSITIONS = [1024, 4096, 16384, 65536, 131072]
@@ -98,10 +98,7 @@ def main() -> None:
             "ours, dense": case.ours(None),
             "raw keys, rotated afresh": case.raw_keys(),
         }
-        try:
-            contenders["x-transformers"] = case.x_transformers()
-        except ImportError:
-            print("x-transformers: not installed")
+        contenders |= peers({"x-transformers": case.x_transformers})
         times = milliseconds(contenders, options.device, options.seconds)
         first = times["ours, blockwise"] if first is None else first
         ratios = {f"{name} / ours, blockwise": each / times["ours, blockwise"] for name, each in times.items()}
