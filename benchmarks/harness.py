@@ -25,7 +25,7 @@ def milliseconds(contenders: dict[str, Call], device: str, seconds: float = 2.0)
     """The median time of a call of each contender; they take turns until each has had about `seconds`."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():  # compile and warm up
-        for _ in range(3):
+        for _ in range(10):
             call()
 
     def done(name: str, share: float = 1.0) -> bool:

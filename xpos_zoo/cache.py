@@ -126,11 +126,10 @@ class KeyValueCache(nn.Module):
         last = min(n, self.slots)  # more tokens than that would overwrite each other
         token = count[:, None] - last + torch.arange(last, device=k.device)
         slot = (self.length[:, None] + token) % self.slots
-        for kept, new in ((self.k, k), (self.v, v)):
-            there = along_sequence(slot, kept)
-            new = new.gather(-2, along_sequence(token.clamp(min=0), new))
-            old = kept.gather(-2, there)
-            kept.scatter_(-2, there, torch.where(token[:, None, :, None] >= 0, new, old))
+        row = torch.arange(k.shape[0], device=k.device)[:, None]
+        for kept, tokens in ((self.k, k), (self.v, v)):
+            new, old = tokens[row, :, token.clamp(min=0)], kept[row, :, slot]  # (b, last, g, d)
+            kept[row, :, slot] = torch.where(token[..., None, None] >= 0, new, old)
         self.length += count
 
 
