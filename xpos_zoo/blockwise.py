@@ -30,7 +30,8 @@ def blockwise_attention(
     if n <= 2 * w:  # every query sees all keys before it
         return dense_attention(q, k, v, positions, dropout_p, document_ids)
 
-    b, j = q.shape[0], (n - 1) // w  # j blocks after the first
+    whole = known(n % w == 0)  # a graph for any length pads by a block where it need not: else it would be two
+    b, j = q.shape[0], n // w - whole  # j blocks after the first
     padding = (j + 1) * w - n
     q, k, v = (pad(t, (0, 0, 0, padding)) for t in (q, k, v))
     first_ids = visible = None
@@ -43,6 +44,15 @@ def blockwise_attention(
     rest = attend_blocks(fold(q[..., w:, :], w), windows(k, w), windows(v, w), positions, k_at, visible, dropout_p)
     rest = rearrange(rest, "(b j) h w d -> b h (j w) d", b=b, j=j)
     return torch.cat((first, rest), dim=-2)[..., :n, :]
+
+
+def known(condition: bool) -> bool:
+    """Whether the condition holds; in a graph for any length, whether it holds for all."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # a third of a second, for a compiler only
+
+    return statically_known_true(condition)
 
 
 def fold(t: Tensor, w: int) -> Tensor:
