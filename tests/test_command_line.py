@@ -8,13 +8,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from tiny import CONFIGS, STEPS, InterruptionError, Recorder, fit, options, read_checkpoint, write_corpus
+from tiny import (
+    CONFIGS,
+    STEPS,
+    InterruptionError,
+    Recorder,
+    complaint_of,
+    fit,
+    options,
+    read_checkpoint,
+    write_corpus,
+)
 
 from train.__main__ import main
 
@@ -290,15 +301,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(tmp_path: Path, mon
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def complaint(args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command prints on stderr; checks that there is no other, and the exit status."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as exit_info:
-        main(args)
-    assert exit_info.value.code == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
+complaint = partial(complaint_of, main)
 
 
 WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {

@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import InterruptionError, fit, write_corpus
+from tiny import InterruptionError, complaint_of, fit, write_corpus
 from torch import Tensor, nn
 
 import train.extrapolate
@@ -331,14 +332,7 @@ def test_a_run_that_was_trained_anew_is_measured_anew(
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def complaint(args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as exit_info:
-        main(args)
-    assert exit_info.value.code == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
+complaint = partial(complaint_of, main)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
+import pytest
 import torch
 
 from train.__main__ import main
@@ -63,6 +65,17 @@ def fit(tmp_path: Path, config: str = "xpos", more: tuple[str, ...] = (), **chan
 
 def read_checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def complaint_of(command: Callable[[list[str]], None], args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command prints on stderr; checks that there is no other, and the exit status."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        command(args)
+    assert exit_info.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
 
 
 class InterruptionError(Exception):
