@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import train.extrapolate
 import train.report
 from train.errors import UserError
-from train.extrapolate import Mode, Settings, choose_windows, extrapolate, main, target_losses
+from train.extrapolate import Mode, Settings, choose_windows, extrapolate, find_runs, main, target_losses
 from train.language_model import LanguageModel
 from train.text import Document
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
@@ -403,11 +403,51 @@ WRONG_RUNS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "seed1 has 2 steps and ",
     ),
     "another program's": (lambda content: content.pop("hyper_parameters"), "is no checkpoint of this trainer"),
-    "another shape": (
+    "another width": (
         lambda content: content["hyper_parameters"].update(embed_dim=32),
-        "does not hold the weights of its own model: ",
+        "seed1 (embed_dim: 16 there, 32 here)",
     ),
+    "another learning rate": (
+        lambda content: content["hyper_parameters"].update(learning_rate=0.1),
+        "seed1 (learning_rate: 0.002 there, 0.1 here)",
+    ),
+    "another batch size": (
+        lambda content: content["datamodule_hyper_parameters"].update(batch_size=3),
+        "seed1 (batch_size: 2 there, 3 here)",
+    ),
+    "another decay": (
+        lambda content: content["hyper_parameters"].update(scale_base=3),
+        "is no seed of the model in ",
+    ),
+    "another frequency": (
+        lambda content: content["hyper_parameters"]["positions"]["init_args"].update(base=500.0),
+        "(positions.init_args.base: 500.0 there, 10000.0 here)",
+    ),
+    "a seed that is there twice": (lambda content: None, "seed1 are both seed 1 of xPos"),
 }
+
+
+@pytest.mark.parametrize("encoding", ["xpos", "rotary"])
+def test_encodings_may_differ_in_their_decay_alone(
+    encoding: str, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = copy_of_run(trained, tmp_path, lambda content: content["hyper_parameters"].update(scale_base=3))
+    assert {run.encoding for run in find_runs([str(copy), str(trained / "rotary")])} == {"xPos", "RoPE"}
+    narrow = copy_of_run(trained, tmp_path / "2", lambda content: content["hyper_parameters"].update(num_heads=1))
+    assert "num_heads" in complaint([str(narrow), str(trained / encoding)], capfd)
+
+
+def test_a_run_that_is_given_by_two_paths_counts_once(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(trained / "xpos")
+    folders = [trained / "xpos", tmp_path / "link", trained / "rotary" / ".." / "xpos" / "seed1"]
+    assert [run.seed for run in find_runs(list(map(str, folders)))] == [1, 2]
+
+
+def test_a_checkpoint_that_does_not_fit_itself_is_told_in_one_line(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = copy_of_run(trained, tmp_path, lambda content: content["hyper_parameters"].update(embed_dim=32))
+    assert "does not hold the weights of its own model: " in complaint([str(copy), "--longest=4"], capfd)
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG_RUNS.values(), ids=WRONG_RUNS.keys())

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from train.checkpoint import CheckpointFiles, check_fits, load_checkpoint
+from train.checkpoint import CheckpointFiles, check_fits, difference, load_checkpoint
 from train.errors import UserError, explained, told_in_one_line
 from train.files import replacing
 from train.language_model import DEFAULT_SCALE_BASE, LanguageModel
@@ -163,9 +163,9 @@ class RunCLI(LightningCLI):
         for config in (begun, now):
             config["trainer"] = {"max_steps": config["trainer"]["max_steps"]}  # the learning rate's course hangs on it
         for group in ("seed_everything", "model", "data", "trainer"):
-            if begun.get(group) != now.get(group):
+            if changed := difference(begun.get(group), now.get(group), group):
                 raise UserError(
-                    f"{self.run_folder} holds a run of another configuration ({difference(begun, now, group)}); "
+                    f"{self.run_folder} holds a run of another configuration ({changed}); "
                     "give this one a --name of its own, or remove that folder"
                 )
 
@@ -180,15 +180,6 @@ def read_config(path: Path) -> dict[str, Any]:
             "remove that folder, or give this run a --name of its own"
         ) from error
     return config
-
-
-def difference(begun: dict[str, Any], now: dict[str, Any], key: str) -> str:
-    """The first setting in which two configurations differ below `key`, in words."""
-    old, new = begun.get(key), now.get(key)
-    if isinstance(old, dict) and isinstance(new, dict):
-        inner = next(k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
-        return f"{key}.{difference(old, new, inner)}"
-    return f"{key}: {old} there, {new} here"
 
 
 def main(args: list[str] | None = None) -> None:

@@ -52,3 +52,13 @@ def check_fits(state_dict: dict[str, torch.Tensor], model: nn.Module, path: Path
     if differences:
         more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
         raise UserError(f"{path} belongs to another model: {differences[0]}{more}")
+
+
+def difference(there: Any, here: Any, name: str = "") -> str:
+    """The first setting below `name` in which two configurations differ, in words; nothing if there is none."""
+    if there == here:
+        return ""
+    if isinstance(there, dict) and isinstance(here, dict):
+        inner = next(key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key))
+        return difference(there.get(inner), here.get(inner), f"{name}.{inner}" if name else inner)
+    return f"{name}: {there} there, {here} here"

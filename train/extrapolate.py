@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from train.checkpoint import load_checkpoint
+from train.checkpoint import difference, load_checkpoint
 from train.errors import UserError, parsed, told_in_one_line
 from train.files import replacing
 from train.language_model import LanguageModel
@@ -79,7 +80,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """A training: its folder, its encoding and seed, where its weights are, and after how many steps."""
+    """A training: its folder, its encoding and seed, where its weights are, after how many steps, and from what."""
 
     folder: Path
     checkpoint: Path
@@ -87,6 +88,8 @@ class Run:
     seed: int
     steps: int
     data: dict[str, Any]
+    recipe: dict[str, Any]  # all else that seeds of one encoding share
+    positions: dict[str, Any]  # of the recipe, what encodings may differ in
 
     def model(self, device: torch.device) -> Transformer:
         try:
@@ -102,15 +105,16 @@ def find_runs(folders: list[str]) -> list[Run]:
     Raises:
         UserError: a folder does not exist or holds no run, a checkpoint is damaged, or the runs are not comparable.
     """
-    paths: dict[Path, None] = {}
+    paths: dict[Path, Path] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"runs: there is no folder {str(folder)!r}")
         checkpoints = sorted(folder.rglob("checkpoints/last.ckpt"))
         if not checkpoints:
             raise UserError(f"runs: there is no checkpoint in {str(folder)!r}; `python -m train fit` writes one")
-        paths |= dict.fromkeys(checkpoints)
-    runs = [read_run(path) for path in paths]
+        for path in checkpoints:
+            paths.setdefault(path.resolve(), path)
+    runs = [read_run(path) for path in paths.values()]
     for run in runs[1:]:
         if run.data != runs[0].data:
             raise UserError(
@@ -122,13 +126,22 @@ def find_runs(folders: list[str]) -> list[Run]:
                 f"runs: {run.folder} has {run.steps} steps and {runs[0].folder} has {runs[0].steps}; `python -m train "
                 "fit` goes on with one that was interrupted"
             )
+        if changed := difference(run.recipe, runs[0].recipe):
+            raise UserError(f"runs: {runs[0].folder} is trained otherwise than {run.folder} ({changed})")
+    for run, other in combinations(runs, 2):
+        if run.encoding == other.encoding:
+            if changed := difference(run.positions, other.positions):
+                raise UserError(f"runs: {other.folder} is no seed of the model in {run.folder} ({changed})")
+            if run.seed == other.seed:
+                raise UserError(f"runs: {run.folder} and {other.folder} are both seed {run.seed} of {run.encoding}")
     return runs
 
 
 def read_run(path: Path) -> Run:
     content = load_checkpoint(path)
-    data = content["datamodule_hyper_parameters"]
-    encoding = str(content["hyper_parameters"]["positions"]["class_path"]).rpartition(".")[2]
+    data, model = content["datamodule_hyper_parameters"], content["hyper_parameters"]
+    encoding = str(model["positions"]["class_path"]).rpartition(".")[2]
+    apart = {"positions", "scale_base", "context_length", "compile", "_instantiator"}
     return Run(
         folder=path.parent.parent,
         checkpoint=path,
@@ -136,6 +149,8 @@ def read_run(path: Path) -> Run:
         seed=data["seed"],
         steps=content["global_step"],
         data={name: data[name] for name in ("context_length", "paths", "val_fraction", "test_fraction")},
+        recipe={"batch_size": data["batch_size"]} | {k: v for k, v in model.items() if k not in apart},
+        positions={name: model[name] for name in ("positions", "scale_base")},
     )
 
 
