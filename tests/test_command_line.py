@@ -28,6 +28,8 @@ from tiny import (
 )
 
 from train.__main__ import main
+from train.language_model import LanguageModel
+from xpos_zoo import XPOS
 
 ROOT = CONFIGS.parent
 RUNNABLE = ("xpos", "rotary")
@@ -139,10 +141,15 @@ def test_a_run_keeps_the_configuration_that_repeats_it(tmp_path: Path) -> None:
     assert same(read_checkpoint(again)["state_dict"], read_checkpoint(first)["state_dict"])
 
 
-def test_a_recorded_scale_base_is_the_one_that_was_used(tmp_path: Path) -> None:
-    run = fit(tmp_path)
-    recorded = yaml.safe_load((run / "config.yaml").read_text())["model"]["positions"]
-    assert recorded["init_args"]["scale_base"] == 16 / 2
+@pytest.mark.parametrize(("given", "used"), [(None, 16 / 2), (512, 512)])
+def test_a_recorded_scale_base_is_the_one_that_was_used(given: float | None, used: float, tmp_path: Path) -> None:
+    run = fit(tmp_path, model__scale_base=given, trainer__max_steps=1)
+    recorded = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    assert recorded["scale_base"] == used
+    assert "scale_base" not in recorded["positions"]["init_args"]
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    trained = LanguageModel.load_from_checkpoint(checkpoint, weights_only=True)
+    assert {part.scale_base for part in trained.modules() if isinstance(part, XPOS)} == {used}
 
 
 def test_bf16_mixed_precision_trains_on_float32_weights(tmp_path: Path) -> None:
@@ -320,6 +327,18 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a length that is no number": ({"data__context_length": "long"}, "data.context_length\": Expected a <class 'int'>"),
     "an encoding that there is not": ({"model__positions": "ALiBi"}, "right are XPOS, RotaryEmbedding, or the import"),
     "an encoding's option": ({"model__positions__init_args__scale_bse": 3}, "Option 'scale_bse' is not accepted"),
+    "a scale_base in two places": (
+        {"model__positions__scale_base": 512},
+        "model.positions takes no scale_base; give it as model.scale_base",
+    ),
+    "a scale_base in an encoding's options": (
+        {"model__positions__init_args__scale_base": 512},
+        "model.positions takes no scale_base; give it as model.scale_base",
+    ),
+    "a scale_base of what has none": (
+        {"model__positions": "RotaryEmbedding", "model__scale_base": 7},
+        "model.scale_base is 7, but RotaryEmbedding has no scale_base",
+    ),
     "heads that do not divide": ({"model__num_heads": 3}, "model.embed_dim must be divisible by num_heads=3, got 16"),
     "an odd head": ({"model__embed_dim": 6}, "model.head_dim must be even and above 0, got 3"),
     "a negative seed": ({"seed_everything": -1}, 'seed_everything": Not of type Seed: -1 does not conform'),
@@ -479,6 +498,47 @@ def test_a_checkpoint_of_another_shape_is_told_with_the_shapes(
     assert not (tmp_path / "runs").exists()
 
 
+OTHER_FUNCTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "scale_base": ({"model__scale_base": 4}, "model.scale_base: 8.0 there, 4.0 here"),
+    "its default": ({"data__context_length": 32}, "model.scale_base: 8.0 there, 16.0 here"),
+    "heads": ({"model__num_heads": 4}, "model.num_heads: 2 there, 4 here"),
+    "encoding": (
+        {"model__positions": "RotaryEmbedding"},
+        "model.positions.class_path: xpos_zoo.XPOS there, xpos_zoo.RotaryEmbedding here",
+    ),
+    "frequencies": ({"model__positions__base": 99}, "model.positions.init_args.base: 10000.0 there, 99.0 here"),
+    "pairs": ({"model__positions__interleaved": "false"}, "model.positions.init_args.interleaved: True there, False"),
+    "key heads": ({"model__num_kv_heads": 1}, "k_proj.weight is (16, 16) in the checkpoint, (8, 16) in the model"),
+}
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+@pytest.mark.parametrize(("changes", "message"), OTHER_FUNCTIONS.values(), ids=OTHER_FUNCTIONS.keys())
+def test_a_checkpoint_of_another_function_is_told_with_the_difference(
+    changes: dict[str, Any],
+    message: str,
+    command: str,
+    finished: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = finished / "checkpoints" / "last.ckpt"
+    line = complaint([command, *options(tmp_path, ckpt_path=checkpoint, **changes)], capfd)
+    assert line.startswith(f"{checkpoint} belongs to another model: ")
+    assert message in line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_checkpoint_is_evaluated_at_another_length_and_block_size(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = finished / "checkpoints" / "last.ckpt"
+    longer: dict[str, Any] = {"data__context_length": 64, "model__scale_base": 8, "model__block_size": 8}
+    main(["test", *options(tmp_path, ckpt_path=checkpoint, **longer)])
+    assert "test_bits_per_byte" in capsys.readouterr().out
+
+
 def test_training_does_not_go_on_from_weights_alone(
     finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -503,7 +563,7 @@ def test_a_run_that_was_never_trained_is_told_in_one_line(
     [
         ({"model__num_heads": 1}, "model.num_heads: 2 there, 1 here"),
         ({"model__positions": "RotaryEmbedding"}, "model.positions.class_path: xpos_zoo.XPOS there, xpos_zoo.Rotary"),
-        ({"model__scale_base": 3}, "model.positions.init_args.scale_base: 8.0 there, 3.0 here"),
+        ({"model__scale_base": 3}, "model.scale_base: 8.0 there, 3.0 here"),
         ({"data__batch_size": 3}, "data.batch_size: 2 there, 3 here"),
         ({"trainer__max_steps": 9}, "trainer.max_steps: 8 there, 9 here"),
     ],

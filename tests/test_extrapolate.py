@@ -60,9 +60,7 @@ def by_hand(model: Callable[[Tensor], Tensor], window: Tensor, context: int, tar
 @pytest.mark.parametrize("positions", [XPOS, RotaryEmbedding])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("context", SETTINGS.contexts)
-def test_every_target_is_predicted_from_the_context_alone(
-    positions: type[RotaryEmbedding], mode: str, context: int
-) -> None:
+def test_every_target_is_predicted_from_the_context_alone(positions: Any, mode: str, context: int) -> None:
     torch.manual_seed(0)
     model = LanguageModel(L, positions, embed_dim=16, num_layers=2, num_heads=2).transformer.double().eval()
     for parameter in model.parameters():

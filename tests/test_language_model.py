@@ -55,18 +55,25 @@ def test_a_token_is_predicted_from_those_before_it_alone() -> None:
         ({}, 8.0),
         ({"scale_base": 100.0}, 100.0),
         ({"scale_base": 512.0}, 512.0),
-        ({"positions": partial(XPOS, scale_base=8.0)}, 8.0),
+        ({"positions": partial(XPOS, base=100.0)}, 8.0),
     ],
 )
 def test_scale_base_is_half_the_context_length_unless_given(changes: dict, expected: float) -> None:
     module = model(context_length=16, **changes)
     encodings = [part for part in module.modules() if isinstance(part, XPOS)]
     assert [encoding.scale_base for encoding in encodings] == [expected] * SMALL["num_layers"]
+    assert module.hparams["scale_base"] == expected
 
 
-def test_a_scale_base_given_twice_is_refused() -> None:
-    with pytest.raises(UserError, match=r"positions has scale_base 100; give it as model\.scale_base"):
+def test_a_scale_base_in_two_places_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.positions takes no scale_base; give it as model\.scale_base"):
         model(positions=partial(XPOS, scale_base=100))
+
+
+def test_a_scale_base_for_an_encoding_that_has_none_is_refused() -> None:
+    assert model(positions=RotaryEmbedding).hparams["scale_base"] is None
+    with pytest.raises(UserError, match=r"model\.scale_base is 7, but RotaryEmbedding has no scale_base"):
+        model(positions=RotaryEmbedding, scale_base=7.0)
 
 
 @pytest.mark.parametrize(

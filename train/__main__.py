@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from train.checkpoint import CheckpointFiles, check_fits, difference, load_checkpoint
 from train.errors import UserError, explained, told_in_one_line
 from train.files import replacing
-from train.language_model import DEFAULT_SCALE_BASE, LanguageModel
+from train.language_model import LanguageModel
 from train.text import TextData
 
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # what NumPy takes
@@ -91,15 +91,12 @@ class RunCLI(LightningCLI):
                 f"trainer.max_steps must be above 0, got {self.options.trainer.max_steps}: training draws random "
                 "windows, so it has no epochs"
             )
-        positions = self.options.model.positions
-        if (positions.get("init_args") or {}).get("scale_base") == DEFAULT_SCALE_BASE:
-            given = self.options.model.scale_base  # record what LanguageModel makes of it
-            positions.init_args.scale_base = self.options.data.context_length / 2 if given is None else given
         if self.options.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [ProgressBar()]
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         folder = self.run_folder
+        self.options.model.scale_base = self.model.hparams["scale_base"]  # record what the default came to
         if self.options.trainer.logger is None:
             kwargs["logger"] = self.subcommand == "fit" and [
                 TensorBoardLogger(folder, name=None, version="tensorboard"),
@@ -147,7 +144,7 @@ class RunCLI(LightningCLI):
 
     def _checkpoint(self, path: str) -> dict[str, Any]:
         checkpoint = load_checkpoint(Path(path))
-        check_fits(checkpoint["state_dict"], self.model, Path(path))
+        check_fits(checkpoint, self.model, Path(path))
         return checkpoint
 
     def _steps_to_go_on_from(self, path: str) -> int:

@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import nn
 
 from train.errors import UserError
 from train.files import replacing
 
 CONTENT = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step"}
+UNSHAPED = ("positions", "scale_base", "num_heads")
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -40,8 +41,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_fits(state_dict: dict[str, torch.Tensor], model: nn.Module, path: Path) -> None:
-    """Raise a `UserError` that lists how the checkpoint's weights differ from the model's, if they do."""
+def check_fits(checkpoint: dict[str, Any], model: L.LightningModule, path: Path) -> None:
+    """Raise a `UserError` that says how the checkpoint's model differs from `model` in what it computes, if it does."""
+    # No shape tells these; shapes tell all the others, but for block_size, which any model may be evaluated with.
+    there, here = ({k: h.get(k) for k in UNSHAPED} for h in (checkpoint["hyper_parameters"], model.hparams))
+    if changed := difference(there, here, "model"):
+        raise UserError(f"{path} belongs to another model: {changed}")
+    state_dict = checkpoint["state_dict"]
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     differences = [

@@ -22,6 +22,8 @@ def explained(error: ArgumentError, parser: ArgumentParser) -> UserError:
     if unknown := UNKNOWN_OPTION.search(message):
         nearest = get_close_matches(unknown[1], [action.dest for action in parser._actions], n=1)
         message += f"; did you mean {nearest[0]}?" if nearest else "; --help lists what there is"
+    elif "Option 'scale_base' is not accepted" in message:
+        message = "model.positions takes no scale_base; give it as model.scale_base"
     elif 'key "model.positions"' in message:
         message = f"{message.rstrip('.')}; right are XPOS, RotaryEmbedding, or the import path of a class"
     elif "Unexpected config" in message:

@@ -1,8 +1,7 @@
 """The language model that Lightning trains: next-byte prediction with a `Transformer`."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -15,7 +14,12 @@ from train.text import VOCAB_SIZE
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 
 POSITIONS = (XPOS, RotaryEmbedding)  # imported, so that YAML can name them without their module
-DEFAULT_SCALE_BASE = XPOS(2).scale_base
+
+
+class Positions(Protocol):
+    """Gives a position module for a head_dim. What is a parameter here, YAML cannot set below `model.positions`."""
+
+    def __call__(self, head_dim: int, *, scale_base: float = ...) -> nn.Module: ...
 
 
 class LanguageModel(L.LightningModule):
@@ -24,7 +28,8 @@ class LanguageModel(L.LightningModule):
     Args:
         context_length: training length L; the data's own.
         positions: the position module's class, or anything that gives one for a head_dim: `XPOS`, `RotaryEmbedding`.
-        scale_base: of XPOS; by default half the context length, where the authors' 512 for 1024 puts it.
+        scale_base: of position modules that have one; by default half the context length, where the authors' 512 for
+            1024 puts it.
         embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, block_size, dropout: see `Transformer`.
         learning_rate: at the end of the warm-up.
         warmup_steps: steps over which the learning rate rises to it; from then it falls to a tenth.
@@ -32,13 +37,14 @@ class LanguageModel(L.LightningModule):
         compile: whether each layer is compiled (a graph a layer, which works under every strategy).
 
     Raises:
-        UserError: a size or rate is out of range.
+        UserError: a size or rate is out of range, or scale_base is given within `positions`, or where it
+            has no place.
     """
 
     def __init__(
         self,
         context_length: int,
-        positions: Callable[[int], nn.Module] = XPOS,
+        positions: Positions = XPOS,
         scale_base: float | None = None,
         embed_dim: int = 128,
         num_layers: int = 4,
@@ -59,6 +65,8 @@ class LanguageModel(L.LightningModule):
             raise UserError(f"model.warmup_steps must be 1 or above, got {warmup_steps}")
         if not weight_decay >= 0:
             raise UserError(f"model.weight_decay must be 0 or above, got {weight_decay}")
+        if "scale_base" in getattr(positions, "keywords", {}):
+            raise UserError("model.positions takes no scale_base; give it as model.scale_base")
         self.save_hyperparameters()
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
@@ -66,14 +74,12 @@ class LanguageModel(L.LightningModule):
         self.compile_layers = compile
 
         def for_context_length(head_dim: int) -> Any:
-            module = positions(head_dim)
-            if isinstance(module, XPOS):
-                wanted = context_length / 2 if scale_base is None else scale_base
-                if module.scale_base not in (DEFAULT_SCALE_BASE, wanted):
-                    raise UserError(
-                        f"model.positions has scale_base {module.scale_base:g}; give it as model.scale_base"
-                    )
-                module.scale_base = wanted
+            module: Any = positions(head_dim)
+            if hasattr(module, "scale_base"):
+                module.scale_base = context_length / 2 if scale_base is None else scale_base
+                self.hparams["scale_base"] = module.scale_base
+            elif scale_base is not None:
+                raise UserError(f"model.scale_base is {scale_base:g}, but {type(module).__name__} has no scale_base")
             return module
 
         try:
