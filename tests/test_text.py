@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -62,8 +63,8 @@ def test_holding_out_more_for_validation_never_uses_a_test_file(name: str, val_f
 
 
 def test_the_default_corpus_is_the_standard_library_without_packages_and_tests() -> None:
-    files = standard_library()
-    assert {"json/decoder.py", "argparse.py", "asyncio/events.py"} <= files.keys()
+    files = set(standard_library().values())
+    assert {"json/decoder.py", "argparse.py", "asyncio/events.py"} <= files
     assert not [name for name in files if NOT_SOURCE & set(name.split("/"))]
     assert not [name for name in files if "site-packages" in name or "/test/" in name or name.startswith("test/")]
     data = TextData(context_length=128)
@@ -77,8 +78,39 @@ def test_hidden_files_are_left_out_and_equal_names_are_kept_apart(tmp_path: Path
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     files = text_files([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert sorted(path.read_text() for path in files.values()) == ["a/x.txt", "b/x.txt"]
-    assert text_files([str(tmp_path / "a" / "x.txt")]) == {"x.txt": tmp_path / "a" / "x.txt"}
+    assert sorted(path.read_text() for path in files) == ["a/x.txt", "b/x.txt"]
+    assert text_files([str(tmp_path / "a" / "x.txt")]) == {tmp_path / "a" / "x.txt": "x.txt"}
+
+
+def overlapping(tmp_path: Path) -> list[str]:
+    """A folder, its subfolder, a file of that, the folder by a link, and another folder with a file of equal name."""
+    write_corpus(tmp_path / "a" / "b", files=20)
+    write_corpus(tmp_path / "c", files=1)
+    write_corpus(tmp_path / "d", files=1)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "alias").symlink_to(tmp_path / "d" / "0.txt")
+    names = ("a", "a/b", "a/b/3.txt", "a/../a", "link", "c", "c", "d/0.txt", "alias")
+    return [str(tmp_path / name) for name in names]
+
+
+def test_a_file_that_is_reached_in_several_ways_is_one_document(tmp_path: Path) -> None:
+    documents = read_documents(overlapping(tmp_path))
+    assert sorted(document.name for document in documents) == sorted(
+        [*(f"b/{i}.txt" for i in range(20)), *["0.txt"] * 2]
+    )
+
+
+@given(st.randoms(use_true_random=False))
+def test_the_split_does_not_depend_on_the_order_of_the_paths(
+    tmp_path_factory: pytest.TempPathFactory, random: Random
+) -> None:
+    folder = tmp_path_factory.mktemp("order")
+    paths = overlapping(folder)
+    expected = read_documents(paths)
+    random.shuffle(paths)
+    found = read_documents(paths)
+    assert [document.name for document in found] == [document.name for document in expected]
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(found, expected, strict=True))
 
 
 def test_files_that_are_no_text_are_left_out(tmp_path: Path) -> None:

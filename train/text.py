@@ -28,28 +28,32 @@ class Document:
     tokens: Tensor
 
 
-def standard_library() -> dict[str, Path]:
+def standard_library() -> dict[Path, str]:
     """The source of the running Python's standard library, without tests: text that every machine has."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
-    return {name: path for name, path in files.items() if not NOT_SOURCE.intersection(Path(name).parts)}
+    names = {path: path.relative_to(root) for path in root.rglob("*.py")}
+    return {path: name.as_posix() for path, name in names.items() if not NOT_SOURCE.intersection(name.parts)}
 
 
-def text_files(paths: list[str]) -> dict[str, Path]:
-    """The files named, and all below the folders named that are not hidden."""
-    files: dict[str, Path] = {}
-    for given in map(Path, paths):
+def text_files(paths: list[str]) -> dict[Path, str]:
+    """The files named, and all below the folders named that are not hidden, each once, and their names.
+
+    A file that is reached in several ways has the name that it has in the outermost folder, whatever their order.
+    """
+    names: dict[Path, str] = {}
+    for given in sorted(map(Path, paths), key=Path.resolve):
         if given.is_file():
-            found = {given.name: given}
+            found = {given: given.resolve().name}
         elif given.is_dir():
-            found = {path.relative_to(given).as_posix(): path for path in given.rglob("*") if path.is_file()}
-            found = {name: path for name, path in found.items() if not any(p.startswith(".") for p in name.split("/"))}
+            below = {path: path.relative_to(given) for path in sorted(given.rglob("*")) if path.is_file()}
+            found = {p: name.as_posix() for p, name in below.items() if not any(n.startswith(".") for n in name.parts)}
         else:
             raise UserError(f"data.paths: there is no file or folder {str(given)!r}")
         if not found:
             raise UserError(f"data.paths: there is no file in folder {str(given)!r}")
-        files |= {name if name not in files else str(path): path for name, path in found.items()}
-    return files
+        for path, name in found.items():
+            names.setdefault(path.resolve(), name)
+    return names
 
 
 def read_documents(paths: list[str] | None) -> list[Document]:
@@ -59,7 +63,8 @@ def read_documents(paths: list[str] | None) -> list[Document]:
         UserError: a path does not exist or cannot be read, or there is no text in any.
     """
     documents = []
-    for name, path in sorted((standard_library() if paths is None else text_files(paths)).items()):
+    names = standard_library() if paths is None else text_files(paths)
+    for path, name in sorted(names.items(), key=lambda item: (item[1], item[0])):
         try:
             content = path.read_bytes()
             content.decode()
