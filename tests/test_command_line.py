@@ -269,6 +269,24 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureF
     assert snapshot(run) == before
 
 
+def test_a_finished_checkpoint_is_not_said_to_be_of_the_folder_that_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = fit(tmp_path, trainer__max_steps=2) / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    other = fit(tmp_path, name="other", ckpt_path=checkpoint, trainer__max_steps=2)
+    assert capsys.readouterr().out.strip() == f"nothing to train in {other}: {checkpoint} has all 2 steps"
+    assert not other.exists()
+
+
+def test_last_is_the_last_checkpoint_of_the_run(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    with pytest.raises(InterruptionError):
+        fit(tmp_path, more=interrupted_at(5))
+    assert_equals(fit(tmp_path, ckpt_path="last"), uninterrupted)
+    for command in ("validate", "test"):
+        main([command, *options(tmp_path, ckpt_path="last")])
+
+
 def test_a_run_whose_checkpoint_was_damaged_goes_on_when_that_is_removed(
     tmp_path: Path, uninterrupted: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,8 +357,13 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"model__positions": "RotaryEmbedding", "model__scale_base": 7},
         "model.scale_base is 7, but RotaryEmbedding has no scale_base",
     ),
-    "heads that do not divide": ({"model__num_heads": 3}, "model.embed_dim must be divisible by num_heads=3, got 16"),
-    "an odd head": ({"model__embed_dim": 6}, "model.head_dim must be even and above 0, got 3"),
+    "heads that do not divide": ({"model__num_heads": 3}, "model.embed_dim must be divisible by num_heads=3, got 16\n"),
+    "an odd head": ({"model__embed_dim": 6}, "model.embed_dim / num_heads must be even and above 0, got 3"),
+    "a module without positions": (
+        {"model__positions": "torch.nn.Identity"},
+        "model.positions must have the methods rotate and max_span, Identity does not; right are XPOS, RotaryEmbedding",
+    ),
+    "no last checkpoint": ({"ckpt_path": "last"}, "last.ckpt; `python -m train fit` writes one"),
     "a negative seed": ({"seed_everything": -1}, 'seed_everything": Not of type Seed: -1 does not conform'),
     "no steps": ({"trainer__max_steps": -1}, "trainer.max_steps must be above 0, got -1"),
     "no such accelerator": ({"trainer__accelerator": "abacus"}, "invalid accelerator name: `accelerator='abacus'`"),
@@ -366,7 +389,7 @@ def test_a_wrong_option_is_told_in_one_line_and_leaves_nothing(
 ) -> None:
     if changes.get("trainer__callbacks"):
         changes = SHIPPED_CALLBACKS | changes
-    assert message in complaint(["fit", *options(tmp_path, **changes)], capfd)
+    assert message in complaint(["fit", *options(tmp_path, **changes)], capfd) + "\n"
     assert not (tmp_path / "runs").exists()
 
 

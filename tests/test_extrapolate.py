@@ -505,7 +505,9 @@ def test_results_of_other_text_are_left_alone(tmp_path: Path) -> None:
         measured(run.parent, tmp_path / "out", "seed1")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"settings": 1, "cells": []}', '{"settings": {}, "cells": [1]}']
+)
 def test_damaged_results_are_told_in_one_line(
     content: str, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

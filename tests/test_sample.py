@@ -1,15 +1,19 @@
 """`python -m train.sample`: text from a trained model."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import complaint_of, fit
+from tiny import CONFIGS, complaint_of, fit
 
 from train import sample as module
 from train.language_model import LanguageModel
 from train.sample import main
 from xpos_zoo import Transformer
+
+ROOT = CONFIGS.parent
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,17 @@ def test_text_that_is_stopped_ends_where_it_is(run, capsys, monkeypatch):
     assert printed(capsys, "--checkpoint", run, "--prompt", "x") == "xa\n"
 
 
+def test_a_reader_that_has_had_enough_ends_the_text_without_a_word(run):
+    command = [sys.executable, "-m", "train.sample", "--checkpoint", str(run), "--max_new_tokens", "3000"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -78,6 +93,7 @@ def test_text_that_is_stopped_ends_where_it_is(run, capsys, monkeypatch):
         (["--checkpoint", "{tmp}"], "there is no checkpoint"),
         (["--checkpoint", "{tmp}/damaged.ckpt"], "is no checkpoint, or a damaged one"),
         (["--checkpoint", "{run}", "--prompt", ""], "prompt must have at least one character, got none"),
+        (["--checkpoint", "{run}", "--prompt", "caf\udce9"], r"prompt must be valid UTF-8, got 'caf\udce9'"),
         (["--checkpoint", "{run}", "--temperature", "-1"], "temperature must be 0 or above and finite, got -1.0"),
         (["--checkpoint", "{run}", "--top_k", "0"], "top_k must be 1 or above, got 0"),
         (["--checkpoint", "{run}", "--top_p", "2"], "top_p must be above 0 and at most 1, got 2.0"),

@@ -120,10 +120,12 @@ class RunCLI(LightningCLI):
         last = last_checkpoint_of(folder)
         if last.exists():
             self._check_same_run()
-            ckpt_path = ckpt_path or str(last)
+        if last.exists() or ckpt_path == "last":
+            ckpt_path = self._path_of(ckpt_path)
         done = self._steps_to_go_on_from(ckpt_path) if ckpt_path else 0
         if done >= steps:
-            self.trainer.print(f"{folder} is finished: {ckpt_path} has all {steps} steps")
+            state = f"{folder} is finished" if ckpt_path == str(last) else f"nothing to train in {folder}"
+            self.trainer.print(f"{state}: {ckpt_path} has all {steps} steps")
             return
         self.datamodule.setup("fit")  # complains about the text before the trainer writes its first file
         self.trainer.print(f"{folder}: steps {done + 1} to {steps} on {self.trainer.strategy.root_device}")
@@ -138,9 +140,13 @@ class RunCLI(LightningCLI):
         self.trainer.test(weights_only=True, ckpt_path=self._trained(ckpt_path), **kwargs)
 
     def _trained(self, ckpt_path: str | None) -> str:
-        ckpt_path = ckpt_path or str(last_checkpoint_of(self.run_folder))
-        self._checkpoint(ckpt_path)
-        return ckpt_path
+        path = self._path_of(ckpt_path)
+        self._checkpoint(path)
+        return path
+
+    def _path_of(self, ckpt_path: str | None) -> str:
+        """The checkpoint that is named, by Lightning's word `last` or by default the run's last one."""
+        return str(last_checkpoint_of(self.run_folder)) if ckpt_path in (None, "last") else ckpt_path
 
     def _checkpoint(self, path: str) -> dict[str, Any]:
         checkpoint = load_checkpoint(Path(path))

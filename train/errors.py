@@ -1,5 +1,6 @@
 """What a user can mend is told in one line."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -47,9 +48,16 @@ def parsed(parser: ArgumentParser, args: list[str] | None) -> Namespace:
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Turn what a user can mend into one line on stderr and exit status 2, an interruption into 130."""
+    """Turn what a user can mend into one line on stderr and exit status 2, an interruption into 130.
+
+    A reader that has had enough, such as `head`, ends the program without a word.
+    """
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it closes stdout
+        sys.exit(1)
     except (UserError, ArgumentError, MisconfigurationException, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -259,7 +259,7 @@ def extrapolate(
         run.model(torch.device("cpu"))  # complains before anything is measured
     folder = Path(output)
     cells = [(cell_of(run, mode), run, mode) for mode in settings.modes() for run in found]
-    measured = {key_of(cell): cell for cell in earlier_cells(folder, settings)}
+    measured = earlier_cells(folder, settings)
     missing = [entry for entry in cells if key_of(entry[0]) not in measured]
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     text = text.to("cuda" if use_cuda else "cpu")
@@ -291,18 +291,19 @@ def key_of(cell: dict[str, Any]) -> tuple[str, str]:
     return cell["mode"], cell["checkpoint_sha256"]
 
 
-def earlier_cells(folder: Path, settings: Settings) -> list[dict[str, Any]]:
-    """What an earlier call with the same settings measured in the folder.
+def earlier_cells(folder: Path, settings: Settings) -> dict[tuple[str, str], dict[str, Any]]:
+    """What an earlier call with the same settings measured in the folder, by its keys.
 
     Raises:
         UserError: the folder holds results with other settings, or damaged ones.
     """
     path = folder / "results.json"
     if not path.exists():
-        return []
+        return {}
     try:
         results = json.loads(path.read_text())
-        there, cells = results["settings"], results["cells"]
+        there = dict(results["settings"])
+        cells = {key_of(cell): cell for cell in results["cells"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"output: {path} holds no results, or damaged ones; give another --output, or remove it"

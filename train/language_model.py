@@ -1,6 +1,7 @@
 """The language model that Lightning trains: next-byte prediction with a `Transformer`."""
 
 import math
+import re
 from typing import Any, Protocol
 
 import lightning as L
@@ -75,6 +76,11 @@ class LanguageModel(L.LightningModule):
 
         def for_context_length(head_dim: int) -> Any:
             module: Any = positions(head_dim)
+            if not (hasattr(module, "rotate") and hasattr(module, "max_span")):
+                raise UserError(
+                    f"model.positions must have the methods rotate and max_span, {type(module).__name__} does not; "
+                    f"right are {', '.join(known.__name__ for known in POSITIONS)}, or a class of your own"
+                )
             if hasattr(module, "scale_base"):
                 module.scale_base = context_length / 2 if scale_base is None else scale_base
                 self.hparams["scale_base"] = module.scale_base
@@ -97,7 +103,9 @@ class LanguageModel(L.LightningModule):
         except UserError:
             raise
         except ValueError as error:
-            raise UserError(f"model.{error}") from error
+            # head_dim is no option here.
+            message = re.sub(r"^head_dim\b", "embed_dim / num_heads", str(error)).removesuffix("; or give head_dim")
+            raise UserError(f"model.{message}") from error
 
     def configure_model(self) -> None:
         for layer in self.transformer.layers:

@@ -48,9 +48,13 @@ def sample(
         raise UserError(f"device must be cpu{', or cuda' * torch.cuda.is_available()}, got {device}")
     if not prompt:
         raise UserError("prompt must have at least one character, got none")
+    try:
+        prompt_bytes = prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt must be valid UTF-8, got {prompt!r}") from error
     module = LanguageModel.load_from_checkpoint(path, map_location=device, weights_only=True).eval()
     model = module.transformer
-    tokens = torch.tensor([list(prompt.encode())], device=device)
+    tokens = torch.tensor([list(prompt_bytes)], device=device)
     try:
         model.block_size = module.hparams["context_length"] // 2 if block_size is None else block_size or None
         stream = model.stream(
