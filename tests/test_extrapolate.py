@@ -216,7 +216,7 @@ def test_a_measurement_prints_a_table_and_writes_json_markdown_and_plots(
     assert "| context " in printed
     assert "| L/4 " in printed
     assert "| 4 L " in printed
-    assert len(summary["thresholds"]) == 5
+    assert len(summary["thresholds"]) == 6
     for verdict in summary["thresholds"]:
         assert verdict in printed
         assert f"- {verdict}" in report
@@ -254,21 +254,21 @@ def test_the_same_runs_are_found_whichever_folder_is_given(trained: Path, tmp_pa
 
 
 @pytest.mark.parametrize("encoding", ["xpos", "rotary"])
-def test_one_encoding_alone_is_measured_without_the_verdicts_on_the_other(
+def test_one_encoding_alone_is_measured_without_a_judgement_on_the_other(
     encoding: str, trained: Path, tmp_path: Path
 ) -> None:
     measured(trained, tmp_path / "out", encoding)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    claims = " ".join(summary["thresholds"])
-    assert ("collapse" in claims) == (encoding == "rotary")
-    assert ("flat" in claims) == (encoding == "xpos")
-    assert "open context" not in claims
-    assert "whichever way" not in claims
+    collapse, dense, *_, fair, _ = summary["thresholds"]
+    assert ("RoPE dense is not in this matrix" in collapse) == (encoding == "xpos")
+    assert ("xPos dense is not in this matrix" in dense) == (encoding == "rotary")
+    assert "BCA is not in this matrix" in fair
 
 
 def test_a_measurement_up_to_the_trained_length_claims_nothing_about_longer_ones(trained: Path, tmp_path: Path) -> None:
     measured(trained, tmp_path / "out", longest=1)
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["thresholds"] == []
+    thresholds = json.loads((tmp_path / "out" / "summary.json").read_text())["thresholds"]
+    assert {verdict.split(": ")[0] for verdict in thresholds} == {"not measured"}
 
 
 @pytest.mark.parametrize("done", [1, 7])

@@ -19,18 +19,21 @@ CONTEXTS = [L * 2**k // 4 for k in range(9)]  # up to 64 L
 DOCUMENTS = [f"d{i}" for i in range(4)]
 MODES = {"dense": "dense", "temperature": "dense, temperature 0.2", "BCA": "BCA, blocks of 8"}
 
+CLAIMS = ["collapse", "xPos", "flat", "open", "fair", "no"]  # of the protocol's thresholds, by their first words
+
 Rise = Callable[[float], float]  # of the context in trained lengths
 
 
-def cell(encoding: str, mode: str, rise: Rise, seed: int = 1, level: float = 2.0) -> dict[str, Any]:
+def cell(encoding: str, mode: str, rise: Rise, seed: int = 1, level: float = 2.0, longest: int = 64) -> dict[str, Any]:
     """A measurement in which every window's loss is `level` at the trained length and rises as said."""
+    contexts = [context for context in CONTEXTS if context <= longest * L]
     return {
         "encoding": encoding,
         "mode": mode,
         "label": MODES[mode],
         "seed": seed,
-        "losses": {str(c): [level + rise(c / L) + w / 10 for w in range(len(DOCUMENTS))] for c in CONTEXTS},
-        "by_position": [level + 1 / position for position in range(1, CONTEXTS[-1] + 1)],
+        "losses": {str(c): [level + rise(c / L) + w / 10 for w in range(len(DOCUMENTS))] for c in contexts},
+        "by_position": [level + 1 / position for position in range(1, contexts[-1] + 1)],
     }
 
 
@@ -40,7 +43,8 @@ def told(cells: list[dict[str, Any]]) -> dict[str, str]:
     lines = {key: Measured([c for c in cells if (c["encoding"], c["mode"]) == key]) for key in keys}
     rises = {line.name: rise_over_trained(line, DOCUMENTS, L) for line in lines.values()}
     found = verdicts(lines, rises, DOCUMENTS, L)
-    return {verdict.split(": ", 1)[1].split()[0].strip(","): verdict for verdict in found}
+    assert [verdict.split(": ", 1)[1].split()[0].strip(",") for verdict in found] == CLAIMS
+    return dict(zip(CLAIMS, found, strict=True))
 
 
 def flat(_: float) -> float:
@@ -114,13 +118,61 @@ def test_the_fair_comparison_is_reported_whichever_way_it_falls(xpos: float, rop
         for seed in (1, 2)
     ]
     for order in (cells, cells[::-1]):
-        assert f"xPos BCA rises more than RoPE BCA by {sign} [{sign}, {sign}] nats" in told(order)["from"]
-    assert "from" not in told(cells[:3])  # seeds that do not pair up say nothing
+        verdict = told(order)["fair"]
+        assert verdict.startswith("reported, whichever way it falls: ")
+        assert f"xPos BCA rises more than RoPE BCA by {sign} [{sign}, {sign}] nats" in verdict
+    verdict = told(cells[:3])["fair"]
+    assert verdict.startswith("not measured: ")
+    assert verdict.endswith(": the two have other seeds")
 
 
-def test_what_was_not_measured_is_not_judged() -> None:
-    assert told([cell("RoPE", "BCA", flat)]) == {}
-    assert told([cell("ALiBi", "dense", flat)]) == {}
+@pytest.mark.parametrize("cells", [[("RoPE", "BCA", flat)], [("ALiBi", "dense", flat)]])
+def test_what_is_not_in_the_matrix_is_said_to_be_not_measured(cells: list[tuple[str, str, Rise]]) -> None:
+    found = told([cell(*each) for each in cells])
+    assert {verdict.split(": ")[0] for verdict in found.values()} == {"not measured"}
+    for claim, lacking in (
+        ("collapse", "RoPE dense"),
+        ("xPos", "xPos dense"),
+        ("flat", "xPos BCA"),
+        ("open", "xPos temperature"),
+        ("fair", "xPos BCA"),
+        ("no", "recompute"),
+    ):
+        assert found[claim].endswith(f": {lacking} is not in this matrix"), claim
+
+
+@pytest.mark.parametrize(
+    ("longest", "expected"),
+    [
+        (1, ["not measured"] * 6),
+        (2, ["not measured", "met", "not measured", "not measured", "not measured", "not measured"]),
+        (4, ["met", "met", "not measured", "not measured", "reported, whichever way it falls", "not measured"]),
+        (32, ["met", "met", "not measured", "met", "reported, whichever way it falls", "not measured"]),
+        (64, ["met", "met", "met", "met", "reported, whichever way it falls", "not measured"]),
+    ],
+)
+def test_a_threshold_is_not_judged_before_its_context_is_reached(longest: int, expected: list[str]) -> None:
+    cells = [
+        cell(
+            encoding,
+            mode,
+            flat if encoding == "xPos" or mode == "BCA" else lambda x: max(0, x / 2 - 0.6),
+            1,
+            2.0,
+            longest,
+        )
+        for encoding, mode in itertools.product(("xPos", "RoPE"), MODES)
+    ]
+    found = told(cells)
+    assert [verdict.split(": ")[0] for verdict in found.values()] == expected
+    if longest < 32:
+        assert f": contexts end at {longest} L".replace("1 L", "L") in found["open"]
+
+
+@pytest.mark.parametrize(("claim", "mode"), [("flat", "BCA"), ("open", "temperature")])
+def test_a_threshold_that_is_crossed_early_is_missed_however_far_contexts_go(claim: str, mode: str) -> None:
+    cells = [cell(encoding, mode, at(x2=0.2), longest=2) for encoding in ("xPos", "RoPE")]
+    assert told(cells)[claim].startswith("MISSED: ")
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------

@@ -146,49 +146,86 @@ def verdicts(
     documents: list[str],
     length: int,
 ) -> list[str]:
-    """The protocol's thresholds that the measured lines can answer, each met or missed with its figure."""
+    """Every threshold of the protocol: met or missed with its figure, or why it is not measured."""
 
-    def rise(encoding: str, mode: str) -> dict[int, tuple[float, float, float]] | None:
-        line = lines.get((encoding, mode))
-        return rises[line.name] if line else None
+    def lacking(reach: int, *keys: tuple[str, str]) -> str:
+        """Why something that is asked of lines at `reach` trained lengths cannot be told; nothing if it can."""
+        for encoding, mode in keys:
+            if (encoding, mode) not in lines:
+                return f"{encoding} {mode} is not in this matrix"
+            if reach * length > (longest := max(lines[encoding, mode].losses)):
+                return f"contexts end at {in_lengths(longest, length)}"
+        return ""
+
+    def rise(encoding: str, mode: str) -> dict[int, tuple[float, float, float]]:
+        return rises[lines[encoding, mode].name]
 
     found = []
 
-    def verdict(claim: str, met: bool, figure: str) -> None:
+    def verdict(met: bool, claim: str, figure: str) -> None:
         found.append(f"{'met' if met else 'MISSED'}: {claim}: {figure}")
 
-    rope, xpos, flat = rise("RoPE", "dense"), rise("xPos", "dense"), rise("xPos", "BCA")
-    if rope and 4 * length in rope:
-        figure = rope[4 * length][0]
-        verdict("collapse, RoPE dense at 4 L is at least 1 nat above L", figure >= 1, f"{figure:+.3f}")
-    if xpos and 2 * length in xpos:
-        figure = xpos[2 * length][0]
-        verdict("xPos dense at 2 L is within 0.05 nats of L", figure <= 0.05, f"{figure:+.3f}")
-    if flat and (longer := [c for c in flat if c > length]):
-        upper, context = max((flat[c][2], c) for c in longer)
-        verdict(
-            "flat, xPos BCA is within +0.02 nats of L at every longer context (upper end of the interval)",
-            upper <= 0.02,
-            f"at most {upper:+.4f}, at {in_lengths(context, length)}",
-        )
-    warm, cold = rise("xPos", "temperature"), rise("RoPE", "temperature")
-    if warm and cold and (reached := [c for c in warm if length < c <= 32 * length]):
-        xpos_worst, rope_there = max(warm[c][0] for c in reached), cold[max(reached)][0]
-        verdict(
-            f"open context, with temperature xPos dense is within 0.1 nats of L up to {max(reached) // length} L, "
-            "where RoPE is above 1 nat",
-            xpos_worst <= 0.1 and rope_there > 1,
-            f"xPos at most {xpos_worst:+.3f}, RoPE {rope_there:+.3f}",
-        )
-    ours, theirs = lines.get(("xPos", "BCA")), lines.get(("RoPE", "BCA"))
-    if ours and theirs and 4 * length in ours.losses and ours.seeds == theirs.seeds:
-        grown = [line.losses[4 * length] - line.losses[length] for line in (ours, theirs)]
+    def not_measured(claim: str, why: str) -> None:
+        found.append(f"not measured: {claim}: {why}")
+
+    claim = "collapse, RoPE dense at 4 L is at least 1 nat above L"
+    if why := lacking(4, ("RoPE", "dense")):
+        not_measured(claim, why)
+    else:
+        figure = rise("RoPE", "dense")[4 * length][0]
+        verdict(figure >= 1, claim, f"{figure:+.3f}")
+
+    claim = "xPos dense at 2 L is within 0.05 nats of L"
+    if why := lacking(2, ("xPos", "dense")):
+        not_measured(claim, why)
+    else:
+        figure = rise("xPos", "dense")[2 * length][0]
+        verdict(figure <= 0.05, claim, f"{figure:+.3f}")
+
+    claim = "flat, xPos BCA is within +0.02 nats of L up to 64 L (upper end of the interval)"
+    if why := lacking(2, ("xPos", "BCA")):
+        not_measured(claim, why)
+    else:
+        flat = rise("xPos", "BCA")
+        upper, context = max((flat[c][2], c) for c in flat if length < c <= 64 * length)
+        figure = f"at most {upper:+.4f}, at {in_lengths(context, length)}"
+        if upper <= 0.02 and (why := lacking(64, ("xPos", "BCA"))):
+            not_measured(claim, f"{why}, there {figure}")
+        else:
+            verdict(upper <= 0.02, claim, figure)
+
+    claim = "open context, with temperature xPos dense is within 0.1 nats of L up to 32 L, where RoPE is above 1 nat"
+    warm = ("xPos", "temperature"), ("RoPE", "temperature")
+    if why := lacking(2, *warm):
+        not_measured(claim, why)
+    else:
+        xpos, rope = (rise(*key) for key in warm)
+        reached = [c for c in xpos if length < c <= 32 * length]
+        worst, there = max(xpos[c][0] for c in reached), rope[max(reached)][0]
+        figure = f"xPos at most {worst:+.3f}, RoPE {there:+.3f}"
+        if worst <= 0.1 and (why := lacking(32, *warm)):
+            not_measured(claim, f"{why}, there {figure}")
+        else:
+            verdict(worst <= 0.1 and there > 1, claim, figure)
+
+    claim = "fair win, from L to 4 L xPos BCA rises more than RoPE BCA by"
+    blockwise = ("xPos", "BCA"), ("RoPE", "BCA")
+    if why := lacking(4, *blockwise):
+        not_measured(claim, why)
+    elif lines[blockwise[0]].seeds != lines[blockwise[1]].seeds:
+        not_measured(claim, "the two have other seeds")
+    else:
+        grown = [lines[key].losses[4 * length] - lines[key].losses[length] for key in blockwise]
         difference = grown[0] - grown[1]
         low, high = interval(difference, documents)
         found.append(
-            "reported, whichever way it falls: from L to 4 L, xPos BCA rises more than RoPE BCA by "
-            f"{difference.mean():+.4f} [{low:+.4f}, {high:+.4f}] nats"
+            f"reported, whichever way it falls: {claim} {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}] nats"
         )
+
+    not_measured(
+        "no worse than recompute, xPos BCA is within 0.01 nats of recomputing the last L at a stride of L/2",
+        "recompute is not in this matrix",
+    )
     return found
 
 
