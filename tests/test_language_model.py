@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 
 from train.errors import UserError
@@ -103,6 +104,25 @@ def test_weight_decay_is_on_matrices_alone_and_no_parameter_is_forgotten() -> No
     for name, parameter in module.named_parameters():
         assert decay[id(parameter)] == (0.3 if parameter.ndim == 2 else 0), name
         assert ("norm" in name) == (parameter.ndim == 1), name
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", True), ("16-mixed", False)])
+def test_scaled_gradients_are_unscaled_before_they_are_clipped(
+    precision: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(L.Trainer, "precision", precision)  # without CUDA, Lightning replaces 16-mixed
+    optimizer, _ = optimizer_of(model(), 10)
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused  # by which Lightning leaves it to the step
+
+
+@pytest.mark.parametrize(("algorithm", "expected"), [("norm", [0.6, 0.8]), ("value", [1.0, 1.0])])
+def test_gradients_are_clipped_as_the_trainer_says(algorithm: str, expected: list[float]) -> None:
+    module = model()
+    weight = next(module.parameters())
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[0, :2] = torch.tensor([3.0, 4.0])
+    module.configure_gradient_clipping(None, 1.0, GradClipAlgorithmType(algorithm))
+    assert weight.grad[0, :2].tolist() == pytest.approx(expected, rel=1e-6)  # torch divides by norm + 1e-6
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(5, 40), (1, 10), (10, 10), (20, 10)])

@@ -135,7 +135,9 @@ class LanguageModel(L.LightningModule):
         matrices = [p for p in self.parameters() if p.ndim >= 2]
         others = [p for p in self.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95), fused=True)
+        # A fused optimizer unscales float16 gradients in its step, after they are clipped; others have it done before.
+        fused = self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95), fused=fused)
         warmup = LinearLR(optimizer, start_factor=1 / (self.warmup_steps + 1), total_iters=self.warmup_steps)
         falling = max(1, int(self.trainer.estimated_stepping_batches) - self.warmup_steps)
         cosine = CosineAnnealingLR(optimizer, T_max=falling, eta_min=self.learning_rate / 10)
@@ -147,4 +149,6 @@ class LanguageModel(L.LightningModule):
     ) -> None:
         # Lightning's own refuses a fused optimizer under mixed precision.
         if gradient_clip_val:
-            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            by_value = gradient_clip_algorithm == "value"
+            clip = nn.utils.clip_grad_value_ if by_value else nn.utils.clip_grad_norm_
+            clip(self.parameters(), gradient_clip_val)
