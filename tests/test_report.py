@@ -11,8 +11,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.image import imread
 
-from train.report import REPLICATES, Measured, interval, logarithmic_bins, rise_over_trained, verdicts, write_report
+from train.report import (
+    REPLICATES,
+    Measured,
+    interval,
+    logarithmic_bins,
+    plot_contexts,
+    rise_over_trained,
+    verdicts,
+    write_report,
+)
 
 L = 16
 CONTEXTS = [L * 2**k // 4 for k in range(9)]  # up to 64 L
@@ -288,6 +298,20 @@ def test_the_report_holds_each_number_in_each_unit(tmp_path: Path, capsys: pytes
     assert len(summary["cells"]) == 6 * len(CONTEXTS)
     longest = [entry["loss"] for entry in summary["cells"] if entry["context"] == 64 * L]
     assert longest == pytest.approx([loss] * 6)
+
+
+def test_lines_that_coincide_are_both_seen_in_the_plot(tmp_path: Path) -> None:
+    colours = []
+    for encodings in (("xPos",), ("RoPE",), ("xPos", "RoPE"), ("RoPE", "xPos")):
+        lines = [Measured([cell(encoding, "BCA", flat)]) for encoding in encodings]
+        plot_contexts(lines, CONTEXTS, L, tmp_path / "plot.png")
+        picture = imread(tmp_path / "plot.png")[:, :800, :3]  # without the legend
+        red, _, blue = picture.transpose(2, 0, 1)
+        colours.append((int((blue > red + 0.2).sum()), int((red > blue + 0.2).sum())))
+    (xpos, _), (_, rope), *both = colours
+    for blue, red in both:
+        assert blue > 0.8 * xpos
+        assert red > 0.3 * rope
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

@@ -234,7 +234,7 @@ def plot_contexts(lines: list[Measured], contexts: list[int], length: int, path:
     figure, axes = new_plot(length, "Loss of the same bytes, by how much context comes before them")
     for line, (colour, style, marker) in zip(lines, looks(lines), strict=True):
         losses = [line.mean(context) for context in contexts]
-        axes.plot(contexts, losses, style, color=colour, marker=marker, markersize=5, label=line.name, alpha=0.85)
+        axes.plot(contexts, losses, style, color=colour, marker=marker, label=line.name, **weight(line, 5))
     axes.set_xlabel("context length, bytes (log scale)")
     axes.set_xticks(contexts, [str(context) for context in contexts])
     finish(figure, axes, path)
@@ -245,7 +245,7 @@ def plot_positions(lines: list[Measured], length: int, path: Path) -> None:
     figure, axes = new_plot(length, "Loss by position in the longest window")
     for line, (colour, style, marker) in zip(lines, looks(lines), strict=True):
         centres, losses = logarithmic_bins(line.by_position)
-        axes.plot(centres, losses, style, color=colour, marker=marker, markersize=3, label=line.name, alpha=0.85)
+        axes.plot(centres, losses, style, color=colour, marker=marker, label=line.name, **weight(line, 3))
     dense = next((line for line in lines if (line.encoding, line.mode) == ("xPos", "dense")), lines[0])
     floor = dense.by_position[length // 2 : length].mean()
     axes.axhline(floor, color="0.5", linewidth=1, label=f"{dense.name}: mean over (L/2, L]")
@@ -268,6 +268,13 @@ def looks(lines: list[Measured]) -> list[tuple[str, str, str]]:
     """Colour by encoding, line style and marker by mode."""
     modes = list(dict.fromkeys(line.mode for line in lines))
     return [(COLOURS.get(line.encoding, "#009E73"), *STYLES[modes.index(line.mode) % len(STYLES)]) for line in lines]
+
+
+def weight(line: Measured, markersize: float) -> dict[str, Any]:
+    """RoPE wide and pale below the others, so that lines that coincide are both seen."""
+    if line.encoding == "RoPE":
+        return {"linewidth": 5, "markersize": 2 * markersize, "alpha": 0.4, "zorder": 2}
+    return {"linewidth": 1.5, "markersize": markersize, "alpha": 1.0, "zorder": 3}
 
 
 def new_plot(length: int, title: str) -> tuple[Figure, Axes]:
