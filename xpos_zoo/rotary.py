@@ -5,6 +5,7 @@ multiplies it by exp(1j * p * theta_i) with theta_i = base^(-2i/d) (Su et al. 20
 """
 
 import sys
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -12,21 +13,20 @@ from torch import Tensor, nn
 
 
 @torch.library.custom_op("xpos_zoo::rotary_table", mutates_args=())
-def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of `positions * theta`, each positions.shape + (head_dim / 2,), evaluated in float64.
+def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    """cos and sin of `positions * theta`, evaluated in float64: (2, *positions.shape, head_dim / 2).
 
     An operator of its own because the compiler must not look inside: it would recompute sine and cosine for every
     batch row and head instead of once a position.
     """
     pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
     angle = positions[..., None] * base ** (-pair / head_dim)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.stack((angle.cos(), angle.sin())).to(dtype)
 
 
 @rotary_table.register_fake
-def _(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    table = positions.new_empty((*positions.shape, head_dim // 2), dtype=dtype)
-    return table, torch.empty_like(table)
+def _(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    return positions.new_empty((2, *positions.shape, head_dim // 2), dtype=dtype)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -34,16 +34,43 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True) -> Tensor:
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True, back: bool = False) -> Tensor:
     """Multiply x's channel pairs, as complex numbers, by `cos + 1j * sin`: x (..., n, d), tables (..., n, d/2).
 
-    Computes in the wider of both dtypes and returns x's. Rounding to x's dtype comes before the pairs are joined: so
-    the compiler makes one kernel of it.
+    `back` multiplies by the conjugate. Computes in the wider of both dtypes and returns x's. Rounding to x's dtype
+    comes before the pairs are joined: so the compiler makes one kernel of it.
     """
     apart, axis = ("i two", -1) if interleaved else ("two i", -2)
     real, imaginary = rearrange(x, f"... ({apart}) -> ... {apart}", two=2).unbind(axis)
-    rotated = (real * cos - imaginary * sin).to(x.dtype), (real * sin + imaginary * cos).to(x.dtype)
-    return rearrange(torch.stack(rotated, axis), f"... {apart} -> ... ({apart})")
+    if back:
+        rotated = real * cos + imaginary * sin, imaginary * cos - real * sin
+    else:
+        rotated = real * cos - imaginary * sin, imaginary * cos + real * sin
+    return rearrange(torch.stack([part.to(x.dtype) for part in rotated], axis), f"... {apart} -> ... ({apart})")
+
+
+class Rotation(torch.autograd.Function):
+    """Rotate x by a `rotary_table`, and multiply it by factor unless that is None.
+
+    The gradient is the same rotated back; left to itself, autograd takes the pairs apart and joins them again step by
+    step. Table and factor, which come from positions, get none.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, table: Tensor, factor: Tensor | None, interleaved: bool, back: bool) -> Tensor:
+        cos, sin = table
+        if factor is not None:
+            cos, sin = cos * factor, sin * factor
+        return rotate_pairs(x, cos, sin, interleaved, back)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, table, factor, ctx.interleaved, ctx.back = inputs
+        ctx.save_for_backward(table, factor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return Rotation.apply(gradient, *ctx.saved_tensors, ctx.interleaved, not ctx.back), None, None, None, None
 
 
 def fixed_pos_embedding(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +176,7 @@ class RotaryEmbedding(nn.Module):
         Raises:
             ValueError: x is no floating-point tensor of that width, or offset is negative.
         """
-        return rotate_pairs(x, *self._table(x, self._positions(x, offset)), self.interleaved)
+        return self._rotated(x, self._table(x, self._positions(x, offset)))
 
     def rotate(
         self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, origin: int | Tensor = 0
@@ -164,14 +191,17 @@ class RotaryEmbedding(nn.Module):
         """
         q_table = self._table(q, q_positions - origin)
         k_table = q_table if k_positions is q_positions else self._table(k, k_positions - origin)
-        return rotate_pairs(q, *q_table, self.interleaved), rotate_pairs(k, *k_table, self.interleaved)
+        return self._rotated(q, q_table), self._rotated(k, k_table)
 
     def max_span(self, dtype: torch.dtype) -> int:
         """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`: no limit."""
         return sys.maxsize
 
-    def _table(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _table(self, x: Tensor, positions: Tensor) -> Tensor:
         return rotary_table(positions, self.head_dim, self.base, at_least_float32(x.dtype))
+
+    def _rotated(self, x: Tensor, table: Tensor, factor: Tensor | None = None) -> Tensor:
+        return Rotation.apply(x, table, factor, self.interleaved, False)  # type: ignore[return-value]
 
     def _positions(self, x: Tensor, offset: int | Tensor) -> Tensor:
         if x.ndim < 2 or x.shape[-1] != self.head_dim:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from xpos_zoo.rotary import RotaryEmbedding, at_least_float32, rotate_pairs
+from xpos_zoo.rotary import RotaryEmbedding, at_least_float32
 
 GAMMA = 0.4  # of the authors' code: zeta runs from GAMMA / (1 + GAMMA) = 2/7 up to almost 1
 
@@ -21,17 +21,18 @@ def decay_rates(head_dim: int, device: torch.device | None = None) -> Tensor:
 
 @torch.library.custom_op("xpos_zoo::decay_table", mutates_args=())
 def decay_table(positions: Tensor, head_dim: int, scale_base: float, dtype: torch.dtype) -> Tensor:
-    """zeta^(positions / scale_base), positions.shape + (head_dim / 2,), evaluated in float64.
+    """zeta^(positions / scale_base) and its inverse, evaluated in float64: (2, *positions.shape, head_dim / 2).
 
     An operator of its own for the same reason as `rotary_table`.
     """
     exponent = positions[..., None].double() / scale_base
-    return (decay_rates(head_dim, positions.device) ** exponent).to(dtype)
+    decay = decay_rates(head_dim, positions.device) ** exponent
+    return torch.stack((decay, 1 / decay)).to(dtype)
 
 
 @decay_table.register_fake
 def _(positions: Tensor, head_dim: int, scale_base: float, dtype: torch.dtype) -> Tensor:
-    return positions.new_empty((*positions.shape, head_dim // 2), dtype=dtype)
+    return positions.new_empty((2, *positions.shape, head_dim // 2), dtype=dtype)
 
 
 class XPOS(RotaryEmbedding):
@@ -87,22 +88,20 @@ class XPOS(RotaryEmbedding):
         """
         positions = self._positions(x, offset)
         origin = (x.shape[-2] + offset + 1) // 2
-        return self._scaled_rotation(x, *self._tables(x, positions, positions - origin), downscale)
+        factors = self._factors(x, positions - origin)
+        return self._rotated(x, self._table(x, positions), factors[1 if downscale else 0])
 
     def rotate(
         self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, origin: int | Tensor = 0
     ) -> tuple[Tensor, Tensor]:
         """As `RotaryEmbedding.rotate`, with q scaled by zeta^((q_positions - origin) / scale_base), k inversely."""
         q_at = q_positions - origin
-        q_tables = self._tables(q, q_at, q_at)
-        k_tables = q_tables
+        q_table, q_factors = self._table(q, q_at), self._factors(q, q_at)
+        k_table, k_factors = q_table, q_factors
         if k_positions is not q_positions:
             k_at = k_positions - origin
-            k_tables = self._tables(k, k_at, k_at)
-        return (
-            self._scaled_rotation(q, *q_tables, downscale=False),
-            self._scaled_rotation(k, *k_tables, downscale=True),
-        )
+            k_table, k_factors = self._table(k, k_at), self._factors(k, k_at)
+        return self._rotated(q, q_table, q_factors[0]), self._rotated(k, k_table, k_factors[1])
 
     def max_span(self, dtype: torch.dtype) -> int:
         """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`.
@@ -114,15 +113,9 @@ class XPOS(RotaryEmbedding):
         bits_per_position = -math.log2(GAMMA / (1 + GAMMA)) / self.scale_base
         return max(1, int(2 * bits / bits_per_position))
 
-    def _tables(self, x: Tensor, angles_at: Tensor, decay_at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """cos and sin of angles_at, and the decay of decay_at. As three tables, queries and keys can share them."""
-        decay = decay_table(decay_at, self.head_dim, float(self.scale_base), at_least_float32(x.dtype))
-        return *self._table(x, angles_at), decay
-
-    def _scaled_rotation(self, x: Tensor, cos: Tensor, sin: Tensor, decay: Tensor, downscale: bool) -> Tensor:
-        if downscale:
-            return rotate_pairs(x, cos / decay, sin / decay, self.interleaved)
-        return rotate_pairs(x, cos * decay, sin * decay, self.interleaved)
+    def _factors(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What queries and what keys at these positions are multiplied by."""
+        return decay_table(positions, self.head_dim, float(self.scale_base), at_least_float32(x.dtype))
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

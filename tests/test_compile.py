@@ -1,0 +1,176 @@
+"""The compile contract: one call site, one or two graphs for all lengths, batch sizes and offsets, without a break.
+
+Each mode is warmed first; then 30 shapes must do with the graphs that there are.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from reference import normal, relative_error, roundoff
+from torch import Tensor, nn
+from torch._inductor import config, metrics
+
+from xpos_zoo import XPOS, MultiHeadAttention, Transformer
+from xpos_zoo.rotary import RotaryEmbedding
+
+pytestmark = pytest.mark.slow
+
+Counts = dict[str, Counter[str]]
+BLOCK = 8
+LENGTHS = [17, 24, 31, 32, 40, 57, 64, 71, 3, 16, *range(5, 15), *range(18, 28)]
+MODES: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
+    "grad": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
+
+
+def check_graphs(
+    function: Callable[..., Tensor],
+    warm: Iterable[tuple],
+    calls: Iterable[tuple],
+    counts: Counts,
+    at_most: int,
+    mode: str = "grad",
+) -> None:
+    """`function`, compiled, must give what it gives eagerly, from at most so many graphs, all made by `warm`."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    before = counts["stats"]["unique_graphs"]
+    # The compiler sums in another order; under autocast it also keeps float32 where eager mode rounds between steps.
+    tolerance = 8 * roundoff(torch.bfloat16) if mode == "autocast" else 100 * roundoff(torch.float32)
+    with MODES[mode]():
+        for call in warm:
+            compare(compiled, function, call, tolerance)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for call in calls:
+                compare(compiled, function, call, tolerance)
+    assert counts["stats"]["unique_graphs"] - before <= at_most
+    assert not counts["graph_break"]
+
+
+def compare(compiled: Callable[..., Tensor], function: Callable[..., Tensor], call: tuple, tolerance: float) -> None:
+    ours, expected = compiled(*call), function(*call)
+    tensors = [t for t in call if isinstance(t, Tensor) and t.requires_grad]
+    if expected.requires_grad and tensors:
+        upstream = normal(9, *expected.shape, dtype=expected.dtype)
+        pairs = zip(
+            (ours, *torch.autograd.grad(ours, tensors, upstream)),
+            (expected, *torch.autograd.grad(expected, tensors, upstream)),
+            strict=True,
+        )
+    else:
+        pairs = [(ours, expected)]
+    for one, other in pairs:
+        assert relative_error(one, other) <= tolerance
+
+
+def inputs(width: int, lengths: Iterable[int], grad: bool = True) -> list[tuple[Tensor]]:
+    return [(normal(n, 2 + n % 3, n, width).requires_grad_(grad),) for n in lengths]
+
+
+@pytest.mark.parametrize("module", [XPOS(8), RotaryEmbedding(8)], ids=["xpos", "rotary"])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["int offset", "tensor offset"])
+def test_rotation_has_one_graph_for_all_lengths_and_offsets(module, as_tensor, compiler_counts):
+    calls = [(x, torch.tensor(7 * i + 2) if as_tensor else 7 * i + 2) for i, (x,) in enumerate(inputs(8, range(3, 33)))]
+    check_graphs(module, calls[:1], calls, compiler_counts, at_most=1)
+
+
+def test_downscaling_has_a_graph_of_its_own(compiler_counts):
+    calls = [(x, 5, True) for (x,) in inputs(8, range(3, 33))]
+    check_graphs(XPOS(8), calls[:1], calls, compiler_counts, at_most=1)
+
+
+def attention(block_size: int | None) -> nn.Module:
+    torch.manual_seed(0)
+    positions = partial(XPOS, scale_base=16)
+    return MultiHeadAttention(16, 2, num_kv_heads=1, positions=positions, block_size=block_size)
+
+
+def language_model(block_size: int | None) -> nn.Module:
+    torch.manual_seed(0)
+    return Transformer(20, 16, 2, 2, positions=partial(XPOS, scale_base=16), block_size=block_size)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])
+def test_attention_has_two_graphs_for_all_shapes(block_size, mode, compiler_counts):
+    """Dense one. Blockwise two: up to two blocks it is dense attention."""
+    calls = inputs(16, LENGTHS, grad=mode in ("grad", "autocast"))
+    warm = [calls[0], calls[8]]
+    at_most = 1 if block_size is None else 2
+    check_graphs(attention(block_size), warm, calls, compiler_counts, at_most, mode)
+
+
+@pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])
+def test_the_transformer_has_two_graphs_for_all_shapes(block_size, compiler_counts):
+    model = language_model(block_size)
+    calls: list[tuple[Any, ...]] = [(torch.randint(20, (2 + n % 3, n)),) for n in LENGTHS]
+    check_graphs(model, [calls[0], calls[8]], calls, compiler_counts, at_most=1 if block_size is None else 2)
+
+
+@pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])
+def test_training_compiles_too(block_size, compiler_counts):
+    """Gradients of all parameters equal those of eager mode."""
+    model = language_model(block_size)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for n in (40, 33, 48):
+        tokens = torch.randint(20, (2, n))
+        gradients = []
+        for call in (compiled, model):
+            model.zero_grad()
+            call(tokens).logsumexp(-1).sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # type: ignore[union-attr]
+        assert relative_error(*gradients) <= 100 * roundoff(torch.float32)
+    assert compiler_counts["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+@pytest.mark.parametrize(("interleaved", "with_backward"), [(False, 2), (True, 5)], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_and_keys_rotate_in_one_kernel(interleaved, with_backward, dtype, compiler_counts):
+    """And half-split in two with gradients; interleaved the compiler makes five of it."""
+    xpos = XPOS(16, interleaved=interleaved)
+    at = torch.arange(64)
+    q, k = (normal(i, 2, 4, 64, 16, dtype=dtype) for i in range(2))
+    positions = 1  # a kernel subtracts the origin from the n integers
+
+    def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return xpos.rotate(q, k, at, at, origin=32)
+
+    with config.patch(force_disable_caches=True):
+        metrics.reset()
+        torch.compile(rotate, fullgraph=True)(q, k)
+        assert metrics.generated_kernel_count == 1 + positions
+        torch._dynamo.reset()
+        metrics.reset()
+        q.requires_grad_()
+        k.requires_grad_()
+        rotated = torch.compile(rotate, fullgraph=True)(q, k)
+        torch.autograd.grad(rotated, (q, k), (torch.ones_like(q), torch.ones_like(k)))
+        assert metrics.generated_kernel_count <= with_backward + positions
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch of itself
+@pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])
+def test_an_exported_and_packaged_block_gives_the_same_numbers(block_size, tmp_path, compiler_counts):
+    """With dynamic batch and length; blockwise for lengths above two blocks."""
+    module = attention(block_size).requires_grad_(False)
+    shortest = 2 if block_size is None else 2 * block_size + 1
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=shortest, max=256)
+    program = torch.export.export(
+        module,
+        (normal(0, 3, 40, 16),),
+        dynamic_shapes={"x": {0: batch, 1: length}},
+        prefer_deferred_runtime_asserts_over_guards=True,  # it cannot prove that padding never shortens
+    )
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "block.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    for (x,) in inputs(16, (shortest, 24, 40, 57, 256), grad=False):
+        assert relative_error(program.module()(x), module(x)) <= 100 * roundoff(torch.float32)
+        assert relative_error(loaded(x), module(x)) <= 100 * roundoff(torch.float32)
