@@ -306,6 +306,15 @@ x = torch.zeros(2, 5, 32)
         (lambda: block(block_size=12.5), "or None for dense attention, got 12.5"),
         (lambda: block(block_size=True), "or None for dense attention, got True"),
         (lambda: setattr(block(), "block_size", 0), "block_size must be above 0 and an integer, or None"),
+        (lambda: setattr(block(), "temperature", 0.2), "temperature must be a Temperature or None, got 0.2"),
+        (
+            lambda: block(positions=XPOS(8)),
+            "positions must be called with head_dim to give a module",
+        ),
+        (
+            lambda: block(positions=lambda d: nn.Identity()),
+            "positions must give a module with rotate and max_span",
+        ),
         (lambda: block(dropout=1), "dropout must be in [0, 1), got 1"),
         (lambda: block(dropout=-0.1), "dropout must be in [0, 1), got -0.1"),
         (lambda: block(dropout=math.nan), "dropout must be in [0, 1), got nan"),

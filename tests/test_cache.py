@@ -193,19 +193,65 @@ def test_a_cache_is_saved_loaded_and_copied_like_a_module():
     assert cache.to(torch.bfloat16).length.dtype == torch.int64
 
 
-def test_no_gradient_flows_through_attention_with_a_cache():
-    module = attention_block(8)
-    x = normal(0, 2, 20, 32).requires_grad_()
-    assert not module(x, cache=module.make_cache(2)).requires_grad
+def test_a_state_goes_over_to_another_dtype_but_not_to_another_block():
+    for block_size in (None, 8):
+        module = attention_block(block_size)
+        cache = module.make_cache(2, 40)
+        x, more = normal(0, 2, 20, 32), normal(1, 2, 5, 32)
+        module(x, cache=cache)
+        half = copy.deepcopy(module).half()
+        other = half.make_cache(2, 40)
+        other.load_state_dict(cache.state_dict())
+        expected = module(more, cache=copy.deepcopy(cache))
+        for loaded in (other, copy.deepcopy(cache).half()):
+            # Weights, inputs, keys, and what is computed from them are rounded to a half.
+            assert relative_error(half(more.half(), cache=loaded), expected) <= 8 * roundoff(torch.float16)
+    module.positions = XPOS(8, 0.5)
+    with pytest.raises(ValueError, match=r"state_dict must be of a cache with .*'part_size': 1.*'part_size': 8"):
+        module.make_cache(2).load_state_dict(cache.state_dict())
 
 
-def test_a_cache_under_autocast_has_its_dtype():
+@pytest.mark.parametrize("block_size", [None, 64], ids=["dense", "blockwise"])
+@pytest.mark.parametrize("size", [30, 300])
+def test_large_keys_do_not_overflow_in_float16(block_size, size):
+    """Also those that are hidden, late in their part and behind a chunk of queries."""
+    n, encoding = 1100, Encoding(64)
+    positions = encoding.module(8)
+    q, k, v = (normal(i, 1, 1, n, 8, dtype=torch.float16) * s for i, s in enumerate((1 / size, size, 1)))
+    cache = KeyValueCache(1, 1, 8, positions, max_length=n, block_size=block_size, dtype=torch.float16)
+    actual = in_pieces(q, k, v, positions, cache, [1000, 1, 99])
+    rows = slice(-100, None)
+    mask = visible(n, block_size)[rows]
+    assert actual.isfinite().all()
+    assert_attends_exactly(actual[..., rows, :], q[..., rows, :], k, v, mask, encoding)
+
+
+def test_padding_may_hold_anything():
+    for block_size in (None, 8):
+        module = attention_block(block_size)
+        x = normal(0, 2, 20, 32)
+        expected = module(x[:1, :12])
+        x[0, 12:] = torch.nan
+        lengths = torch.tensor([12, 20])
+        actual = module(x, cache=module.make_cache(2, 20), lengths=lengths)
+        assert relative_error(actual[:1, :12], expected) <= CONTRACT
+
+
+def test_with_a_cache_nothing_has_a_gradient():
+    for module in (attention_block(8).requires_grad_(), attention_block(None).requires_grad_()):
+        x = normal(0, 2, 20, 32).requires_grad_()
+        assert module(x).requires_grad
+        assert not module(x, cache=module.make_cache(2, 20)).requires_grad
+
+
+def test_a_cache_made_under_autocast_has_its_dtype():
     module = attention_block(8)
     x = normal(0, 2, 30, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        cache = module.make_cache(2, dtype=torch.bfloat16)
+        cache = module.make_cache(2)
         actual = torch.cat([module(piece, cache=cache) for piece in x.split([20, 1, 9], dim=1)], 1)
         full = module(x)
+    assert cache.k.dtype == torch.bfloat16
     exact = multi_head_attention(double(module), x.double())
     assert relative_error(actual, exact) <= 2 * relative_error(full, exact)
 
@@ -240,7 +286,7 @@ def full_cache() -> KeyValueCache:
     [
         (lambda: dense.make_cache(2), "max_length must be given for dense attention"),
         (lambda: dense.make_cache(2, 0), "max_length must be above 0 and an integer, got 0"),
-        (lambda: dense.make_cache(-1, 5), "batch_size must be 0 or above, got -1"),
+        (lambda: dense.make_cache(-1, 5), "batch_size must be 0 or above and an integer, got -1"),
         (
             lambda: dense(x, cache=full_cache()),
             "cache must have room for 5 more tokens, got max_length=7, of which 3 are taken",
@@ -257,6 +303,12 @@ def full_cache() -> KeyValueCache:
             "cache must hold the block's dtype torch.float32, got torch.float16",
         ),
         (lambda: dense(x, lengths=torch.tensor([5, 5])), "lengths must be None without a cache"),
+        (lambda: dense.make_cache(2, 9, dtype=torch.int32), "dtype must be a floating-point one, got torch.int32"),
+        (lambda: dense.make_cache(2, 9).select(torch.tensor(1)), "rows must be integers (new batch size,), got"),
+        (
+            lambda: dense(x, cache=dense.make_cache(2, 9), lengths=[5, 5]),  # type: ignore[arg-type]
+            "lengths must be a tensor of integers, got [5, 5]",
+        ),
         (
             lambda: dense(x, cache=dense.make_cache(2, 9), lengths=torch.tensor([5])),
             "lengths must be integers of shape (2,), got torch.int64 (1,)",
@@ -286,7 +338,7 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
     before = copy.deepcopy(cache.state_dict())
     with pytest.raises(ValueError, match="cache must have room"):
         dense(x, cache=cache)
-    assert all(torch.equal(before[name], kept) for name, kept in cache.state_dict().items())
+    assert all(torch.equal(before[name], kept) for name, kept in cache.named_buffers())
     dense(x[:, :4], cache=cache)  # which exactly fits
 
 

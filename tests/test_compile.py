@@ -1,4 +1,4 @@
-"""The compile contract: one call site, one or two graphs for all lengths, batch sizes and offsets, without a break.
+"""The compile contract: one graph or two for all lengths, batch sizes and offsets, without a break.
 
 Each mode is warmed first; then 30 shapes must do with the graphs that there are.
 """
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 Counts = dict[str, Counter[str]]
 BLOCK = 8
-LENGTHS = [17, 24, 31, 32, 40, 57, 64, 71, 3, 16, *range(5, 15), *range(18, 28)]
+LENGTHS = [57, 7, 17, 24, 31, 32, 40, 64, 71, 3, 16, *range(5, 15), *range(18, 28)]
 MODES: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "grad": contextlib.nullcontext,
     "no_grad": torch.no_grad,
@@ -86,6 +86,10 @@ def test_downscaling_has_a_graph_of_its_own(compiler_counts):
     check_graphs(XPOS(8), calls[:1], calls, compiler_counts, at_most=1)
 
 
+def graphs_of(block_size: int | None) -> int:
+    return 1 if block_size is None else 2
+
+
 def attention(block_size: int | None) -> nn.Module:
     torch.manual_seed(0)
     positions = partial(XPOS, scale_base=16)
@@ -102,16 +106,25 @@ def language_model(block_size: int | None) -> nn.Module:
 def test_attention_has_two_graphs_for_all_shapes(block_size, mode, compiler_counts):
     """Dense one. Blockwise two: up to two blocks it is dense attention."""
     calls = inputs(16, LENGTHS, grad=mode in ("grad", "autocast"))
-    warm = [calls[0], calls[8]]
-    at_most = 1 if block_size is None else 2
-    check_graphs(attention(block_size), warm, calls, compiler_counts, at_most, mode)
+    check_graphs(attention(block_size), calls[:2], calls, compiler_counts, graphs_of(block_size), mode)
+
+
+@pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])
+def test_a_length_that_nobody_marked_as_dynamic_costs_a_graph_more(block_size, compiler_counts):
+    module = attention(block_size).requires_grad_(False)
+    compiled = torch.compile(module, fullgraph=True)
+    for n in range(32, 2, -1):
+        x = normal(n, 2, n, 16)
+        assert relative_error(compiled(x), module(x)) <= 100 * roundoff(torch.float32)
+    assert compiler_counts["stats"]["unique_graphs"] == 1 + graphs_of(block_size)
+    assert not compiler_counts["graph_break"]
 
 
 @pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])
 def test_the_transformer_has_two_graphs_for_all_shapes(block_size, compiler_counts):
     model = language_model(block_size)
     calls: list[tuple[Any, ...]] = [(torch.randint(20, (2 + n % 3, n)),) for n in LENGTHS]
-    check_graphs(model, [calls[0], calls[8]], calls, compiler_counts, at_most=1 if block_size is None else 2)
+    check_graphs(model, calls[:2], calls, compiler_counts, graphs_of(block_size))
 
 
 @pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])

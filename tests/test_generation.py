@@ -82,6 +82,16 @@ def test_an_ended_row_repeats_eos_and_all_ended_rows_end_the_text():
         assert (given[row, end:] == eos).all()
 
 
+def test_int32_tokens_and_autocast_work_as_int64_and_without():
+    model = language_model(8)
+    expected = model.generate(prompts, 10, temperature=0)
+    narrow = model.generate(prompts.int(), 10, temperature=0)
+    assert narrow.dtype == torch.int32
+    assert torch.equal(narrow.long(), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(prompts, 10, temperature=0).shape == expected.shape  # far logits, yet some may change
+
+
 def test_no_new_tokens_give_the_prompt():
     assert torch.equal(language_model(None).generate(prompts, 0), prompts)
 
@@ -104,6 +114,9 @@ def test_a_compiled_step_draws_the_same_tokens_from_one_graph(block_size, compil
         (lambda m: m.stream(prompts[0], 5), "tokens must be int64 or int32 (batch, seq_len), got torch."),
         (lambda m: m.stream(prompts[:, :0], 5), "tokens must have at least one token a row, got (3, 0)"),
         (lambda m: m.stream(prompts.float(), 5), "tokens must be int64 or int32 (batch, seq_len), got torch."),
+        (lambda m: m.generate(prompts[0], 5), "tokens must be int64 or int32 (batch, seq_len), got torch."),
+        (lambda m: m.generate(prompts[:, :0], 5), "tokens must have at least one token a row, got (3, 0)"),
+        (lambda m: m.generate(prompts, 5, lengths=[1, 2, 3]), "lengths must be a tensor of integers, got [1, 2, 3]"),
         (lambda m: m.generate(prompts, -1), "max_new_tokens must be 0 or above, got -1"),
         (lambda m: m.stream(prompts, 5, temperature=-1), "temperature must be 0 or above"),
         (lambda m: m.stream(prompts, 5, top_k=0), "top_k must be 1 or above, got 0"),

@@ -2,7 +2,6 @@
 
 import ast
 import email
-import inspect
 import re
 import subprocess
 import sys
@@ -87,7 +86,7 @@ def test_the_documented_names_are_public():
 
 @pytest.mark.parametrize("name", xpos_zoo.__all__)
 def test_every_public_name_is_documented(name):
-    assert inspect.getdoc(getattr(xpos_zoo, name))
+    assert getattr(xpos_zoo, name).__doc__  # its own: inspect.getdoc would take a parent's
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)

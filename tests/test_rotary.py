@@ -216,7 +216,7 @@ x, table = torch.zeros(2, 5, 8), torch.zeros(5, 4)
         (lambda: RotaryEmbedding(6)(x), "x must have shape (..., seq_len, head_dim=6), got (2, 5, 8)"),
         (lambda: RotaryEmbedding(8)(x[0, 0]), "x must have shape (..., seq_len, head_dim=8), got (8,)"),
         (lambda: RotaryEmbedding(8)(x.long()), "x must have a floating-point dtype, got torch.int64"),
-        (lambda: RotaryEmbedding(8)(x, -1), "offset must be 0 or above, got -1"),
+        (lambda: RotaryEmbedding(8)(x, -1), "offset must be 0 or above and an integer, got -1"),
         (lambda: fixed_pos_embedding(x), "x must have shape (seq_len, dim), got (2, 5, 8)"),
         (lambda: rotate_every_two(x[..., :3]), "x must have an even last dimension, got shape (2, 5, 3)"),
         (lambda: rotate_every_two(x.sum()), "x must have an even last dimension, got shape ()"),
@@ -224,6 +224,15 @@ x, table = torch.zeros(2, 5, 8), torch.zeros(5, 4)
         (lambda: apply_rotary_pos_emb(x[..., :7], table, table), "with an even dim above 0, got (2, 5, 7)"),
         (lambda: apply_rotary_pos_emb(x[..., :0], table, table), "with an even dim above 0, got (2, 5, 0)"),
         (lambda: apply_rotary_pos_emb(x[0, 0], table, table), "x must have shape (..., seq_len, dim)"),
+        (lambda: apply_rotary_pos_emb(x.long(), table, table), "x must have a floating-point dtype, got torch.int64"),
+        (
+            lambda: apply_rotary_pos_emb(x, table.expand(3, 5, 4), table),
+            "sin must broadcast against x's (2, 5, 8), got (3, 5, 4)",
+        ),
+        (
+            lambda: apply_rotary_pos_emb(x, table, table.expand(1, 2, 5, 4)),
+            "cos must broadcast against x's (2, 5, 8), got (1, 2, 5, 4)",
+        ),
         (
             lambda: apply_rotary_pos_emb(x, table[:, :3], table),
             "sin must be 4 or 8 wide for x of width 8, got (5, 3)",

@@ -101,8 +101,12 @@ class MultiHeadAttention(nn.Module):
         self.head_dim = head_dim
         self.dropout = dropout
         self.block_size = block_size
-        self.temperature: Temperature | None = None
+        self.temperature = None
+        if isinstance(positions, nn.Module):
+            raise ValueError(f"positions must be called with head_dim to give a module, such as XPOS, got {positions}")
         self.positions = positions(head_dim)
+        if not (hasattr(self.positions, "rotate") and hasattr(self.positions, "max_span")):
+            raise ValueError(f"positions must give a module with rotate and max_span, got {self.positions}")
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
@@ -117,6 +121,16 @@ class MultiHeadAttention(nn.Module):
         if value is not None and not is_size(value):
             raise ValueError(f"block_size must be above 0 and an integer, or None for dense attention, got {value!r}")
         self._block_size = value
+
+    @property
+    def temperature(self) -> Temperature | None:
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: Temperature | None) -> None:
+        if value is not None and not isinstance(value, Temperature):
+            raise ValueError(f"temperature must be a Temperature or None, got {value!r}")
+        self._temperature = value
 
     def extra_repr(self) -> str:
         return (
@@ -138,11 +152,15 @@ class MultiHeadAttention(nn.Module):
             batch_size: rows.
             max_length: tokens a row that dense attention has room for. Blockwise attention needs none: it keeps two
                 blocks, for ever.
-            dtype, device: by default those of the weights. Under autocast give autocast's dtype.
+            dtype, device: by default those of the weights; under autocast its dtype.
 
         Raises:
             ValueError: a size is not positive, or max_length is missing for dense attention.
         """
+        device = self.k_proj.weight.device if device is None else device
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else self.k_proj.weight.dtype
         return KeyValueCache(
             batch_size,
             self.num_kv_heads,
@@ -150,8 +168,8 @@ class MultiHeadAttention(nn.Module):
             self.positions,
             max_length=max_length,
             block_size=self.block_size,
-            dtype=self.k_proj.weight.dtype if dtype is None else dtype,
-            device=self.k_proj.weight.device if device is None else device,
+            dtype=dtype,
+            device=device,
         )
 
     def forward(
@@ -166,18 +184,25 @@ class MultiHeadAttention(nn.Module):
         Args:
             x: the sequence, or, with a cache, what comes next in it: one token or many.
             cache: of `make_cache`; x is appended to it and attends to all that came before. The outputs are those of
-                one forward over everything. No gradient flows through attention with a cache.
+                one forward over everything. A cache is for inference: the output has no gradient.
             lengths: with a cache, how many of each row's n tokens count, (b,), integers; the rest is padding on the
                 right, which is not cached. Rows go on from their own ends, each as it would alone. (Without a cache,
                 causal attention never looks at padding on the right.)
             document_ids: without a cache, which document each token belongs to, (b, n), integers: attention stays
-                within documents. Only differences of positions count, so they need not restart.
+                within documents. Only differences of positions count, so they need not restart. The blocks of blockwise
+                attention are counted from the start of the row.
 
         Raises:
             ValueError: an argument has another shape, a dtype that the weights or the cache do not fit, or does not go
                 with another; the cache is full (in a compiled graph a RuntimeError).
         """
         self._check(x, cache, lengths, document_ids)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            return self._attend(x, cache, lengths, document_ids)
+
+    def _attend(
+        self, x: Tensor, cache: KeyValueCache | None, lengths: Tensor | None, document_ids: Tensor | None
+    ) -> Tensor:
         b, n, _ = x.shape
         q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
         k = rearrange(self.k_proj(x), "b n (g d) -> b g n d", d=self.head_dim)
@@ -211,6 +236,8 @@ class MultiHeadAttention(nn.Module):
             require_integers("document_ids", document_ids, x.shape[:2])
             if cache is not None:
                 raise ValueError("document_ids must be None with a cache: each row of a cache is one document")
+            if self.temperature is not None:
+                raise ValueError("document_ids must be None with a temperature, which counts the keys of a whole row")
         if cache is None:
             if lengths is not None:
                 raise ValueError("lengths must be None without a cache: causal attention never sees right padding")

@@ -30,8 +30,8 @@ def blockwise_attention(
     if n <= 2 * w:  # every query sees all keys before it
         return dense_attention(q, k, v, positions, dropout_p, document_ids)
 
-    whole = known(n % w == 0)  # a graph for any length pads by a block where it need not: else it would be two
-    b, j = q.shape[0], n // w - whole  # j blocks after the first
+    # j blocks after the first. A graph for any length pads by a block where it need not: else it would be two graphs.
+    b, j = q.shape[0], n // w - known(n % w == 0)
     padding = (j + 1) * w - n
     q, k, v = (pad(t, (0, 0, 0, padding)) for t in (q, k, v))
     first_ids = visible = None
@@ -40,8 +40,7 @@ def blockwise_attention(
         first_ids = ids[:, :w]
         visible = same_document(fold(ids[:, w:, None], w)[..., 0], windows(ids[..., None], w)[..., 0])
     first = dense_attention(q[..., :w, :], k[..., :w, :], v[..., :w, :], positions, dropout_p, first_ids)
-    k_at = torch.arange(-w, w, device=q.device)
-    rest = attend_blocks(fold(q[..., w:, :], w), windows(k, w), windows(v, w), positions, k_at, visible, dropout_p)
+    rest = attend_blocks(fold(q[..., w:, :], w), windows(k, w), windows(v, w), positions, visible, dropout_p)
     rest = rearrange(rest, "(b j) h w d -> b h (j w) d", b=b, j=j)
     return torch.cat((first, rest), dim=-2)[..., :n, :]
 
@@ -70,15 +69,15 @@ def attend_blocks(
     k: Tensor,
     v: Tensor,
     positions: PositionModule,
-    k_at: Tensor,
     visible: Tensor | None = None,
     dropout_p: float = 0.0,
+    part_size: int = 1,
 ) -> Tensor:
     """Attention of blocks q (b, h, w, d) on their windows k, v (b, g, 2 w, d), whose second half are the blocks.
 
     Args:
-        k_at: positions (2 w,), from the start of a block, by which k is (still) to be rotated.
         visible: where queries may look besides causality, broadcasting to (b, 1, w, 2 w).
+        part_size: k is rotated already relative to the starts of parts of that size; 1 is not at all.
     """
     w = q.shape[-2]
     at = torch.arange(-w, w, device=q.device)
@@ -88,4 +87,4 @@ def attend_blocks(
         mask = at[keys] <= at[w:][rows, None]
         return keys, mask if visible is None else mask & visible[..., rows, keys]
 
-    return attend_windows(q, k, v, positions, at[w:], k_at, window, dropout_p)
+    return attend_windows(q, k, v, positions, at[w:], at, window, dropout_p, k_turned=at % part_size)

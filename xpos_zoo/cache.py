@@ -8,6 +8,9 @@ Axes: b batch, h heads, g key-value heads, r = h/g, n new tokens, s slots, j par
 d head dimension.
 """
 
+from copy import copy
+from typing import Any
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
@@ -53,21 +56,23 @@ class KeyValueCache(nn.Module):
         device: torch.device | None = None,
     ):
         super().__init__()
-        if batch_size < 0:
-            raise ValueError(f"batch_size must be 0 or above, got {batch_size}")
+        if not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"batch_size must be 0 or above and an integer, got {batch_size}")
         if max_length is None and block_size is None:
             raise ValueError("max_length must be given for dense attention, whose cache grows with every token")
         if max_length is not None:
             require_sizes(max_length=max_length)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        # A quarter of the span: a key may be hidden in its part and behind a chunk of queries, both at once.
-        limit = max(1, min(PART, positions.max_span(dtype) // 4))
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point one, got {dtype}")
+        # As keys in float16 need it, which the cache may become.
+        limit = max(1, positions.max_span(torch.float16) // 2)
         if block_size is None:
             assert max_length is not None
-            self.part_size = min(limit, max_length)
+            self.part_size = min(limit, PART, max_length)
             self.slots = -(-max_length // self.part_size) * self.part_size
         else:
-            limit = max(1, min(block_size, positions.max_span(dtype) // 4))
+            limit = min(limit, block_size)
             self.part_size = next(p for p in range(limit, 0, -1) if block_size % p == 0)
             self.slots = 2 * block_size
         self.max_length = max_length if block_size is None else None
@@ -81,6 +86,13 @@ class KeyValueCache(nn.Module):
     def extra_repr(self) -> str:
         return f"k={tuple(self.k.shape)} {self.k.dtype}, max_length={self.max_length}, block_size={self.block_size}"
 
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"part_size": self.part_size, "block_size": self.block_size}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        if state != self.get_extra_state():
+            raise ValueError(f"state_dict must be of a cache with {self.get_extra_state()}, got {state}")
+
     def reset(self) -> None:
         """Forget all tokens."""
         self.length.zero_()
@@ -90,13 +102,14 @@ class KeyValueCache(nn.Module):
 
         Args:
             rows: indices of rows, (new batch size,), integers; a row may come several times.
+
+        Raises:
+            ValueError: rows has another shape or dtype.
         """
-        other = self.__class__.__new__(self.__class__)
-        nn.Module.__init__(other)
-        other.part_size, other.slots = self.part_size, self.slots
-        other.max_length, other.block_size = self.max_length, self.block_size
-        for name, buffer in self.named_buffers():
-            other.register_buffer(name, buffer[rows])
+        if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"rows must be integers (new batch size,), got {rows.dtype} {tuple(rows.shape)}")
+        other = copy(self)
+        other._buffers = {name: buffer[rows] for name, buffer in self.named_buffers()}
         return other
 
     def check_room(self, n: int, lengths: Tensor | None) -> None:
@@ -115,7 +128,7 @@ class KeyValueCache(nn.Module):
                 f"{int(self.length.max())} are taken"
             )
 
-    def positions(self, length: Tensor, slots: Tensor) -> Tensor:
+    def token_positions(self, length: Tensor, slots: Tensor) -> Tensor:
         """The position of the newest token in each slot when there are `length` (b,): (b, slots), negative for none."""
         newest = length[:, None] - 1
         return newest - (newest - slots) % self.slots
@@ -143,7 +156,6 @@ def rotate_keys(positions: PositionModule, k: Tensor, k_at: Tensor) -> Tensor:
     return positions.rotate(k[..., :0, :], k, k_at[..., :0], k_at)[1]
 
 
-@torch.no_grad()
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, positions: PositionModule, cache: KeyValueCache, count: Tensor
 ) -> Tensor:
@@ -155,7 +167,7 @@ def cached_attention(
         count: how many of each row's tokens count, (b,); those after them are padding.
 
     Returns:
-        (b, h, n, d); without gradients.
+        (b, h, n, d). Not to be differentiated: it changes the cache in place.
     """
     if q.numel() == 0:
         return torch.zeros_like(q)
@@ -168,7 +180,7 @@ def cached_attention(
     if cache.block_size is None:
         cache.append(k, v, count)
         return attend_slots(q, positions, cache, q_at)
-    attended = attend_laid_out(q, k, v, positions, cache)
+    attended = attend_laid_out(q, k, v, positions, cache, count)
     cache.append(k, v, count)
     return attended
 
@@ -177,11 +189,12 @@ def attend_parts(q: Tensor, positions: PositionModule, cache: KeyValueCache, q_a
     """One query a row (b, h, 1, d) at q_at (b,), in one version for each part of the cache: (b, h, 1, d)."""
     p, dtype = cache.part_size, at_least_float32(q.dtype)
     slot = torch.arange(cache.slots, device=q.device)
-    k_at = cache.positions(q_at + 1, slot)
+    k_at = cache.token_positions(q_at + 1, slot)
     visible = k_at >= 0
     if cache.block_size is not None:
         visible = visible & (k_at // cache.block_size >= q_at[:, None] // cache.block_size - 1)
-    # The first slot of a part is always its newest written first. A part without a token in sight may start later.
+    # A part starts where its first slot's token is: the others of its visible tokens came after. A part without a token
+    # in sight may start after the query.
     distance = (q_at[:, None] - k_at[:, ::p]).clamp(min=0)
     versions = repeat(q, "b h 1 d -> b h j d", j=distance.shape[1])
     versions, _ = positions.rotate(versions, q[..., :0, :], distance[:, None], distance[:, None, :0])
@@ -200,17 +213,20 @@ def attend_slots(q: Tensor, positions: PositionModule, cache: KeyValueCache, q_a
     used = cache.slots
     if not torch.compiler.is_compiling():  # a graph that does not depend on the length looks at every slot
         used = -(-int(cache.length.max()) // cache.part_size) * cache.part_size
-    k_at = cache.positions(cache.length, torch.arange(used, device=q.device))
-    part_at = repeat(k_at[:, :: cache.part_size], "b j -> b 1 (j p)", p=cache.part_size)
+    k_at = torch.arange(used, device=q.device)
+    written = k_at < cache.length[:, None]
 
     def window(rows: slice) -> tuple[slice, Tensor]:
-        mask = (k_at[:, None] >= 0) & (k_at[:, None] <= q_at[:, rows, None])
+        mask = written[:, None] & (k_at <= q_at[:, rows, None])
         return slice(0, used), mask[:, None]
 
-    return attend_windows(q, cache.k, cache.v, positions, q_at[:, None], part_at, window)
+    k_turned = k_at % cache.part_size
+    return attend_windows(q, cache.k, cache.v, positions, q_at[:, None], k_at, window, k_turned=k_turned)
 
 
-def attend_laid_out(q: Tensor, k: Tensor, v: Tensor, positions: PositionModule, cache: KeyValueCache) -> Tensor:
+def attend_laid_out(
+    q: Tensor, k: Tensor, v: Tensor, positions: PositionModule, cache: KeyValueCache, count: Tensor
+) -> Tensor:
     """Queries (b, h, n, d) on a blockwise cache and on their own k, v (b, g, n, d), not yet in it: (b, h, n, d).
 
     Each row is laid out from the start of the block before the one that its first new token falls into.
@@ -221,16 +237,24 @@ def attend_laid_out(q: Tensor, k: Tensor, v: Tensor, positions: PositionModule, 
     first = (cache.length // w - 1) * w
     at = first[:, None] + torch.arange((blocks + 1) * w, device=q.device)  # (b, (blocks + 1) w)
     token = at - cache.length[:, None]
-    source = torch.where(token < 0, at % cache.slots, cache.slots + token.clamp(0, n - 1))
+    # Places after a row's last token repeat it: they are hidden from it, and padding may hold anything.
+    token = token.minimum(count[:, None] - 1)
+    source = torch.where(token < 0, at % cache.slots, cache.slots + token)
 
     def laid_out(kept: Tensor, new: Tensor) -> Tensor:
         both = torch.cat((kept, new), dim=-2)
         return windows(both.gather(-2, along_sequence(source, both)), w)
 
-    queries = q.gather(-2, along_sequence(token[:, w:].clamp(0, n - 1), q))
-    part_at = torch.arange(-w, w, device=q.device) // cache.part_size * cache.part_size
+    queries = q.gather(-2, along_sequence(token[:, w:].clamp(min=0), q))
     visible = (windows(at[..., None], w)[..., 0] >= 0)[:, None, None].expand(-1, 1, w, -1)
-    attended = attend_blocks(fold(queries, w), laid_out(cache.k, k), laid_out(cache.v, v), positions, part_at, visible)
+    attended = attend_blocks(
+        fold(queries, w),
+        laid_out(cache.k, k),
+        laid_out(cache.v, v),
+        positions,
+        visible,
+        part_size=cache.part_size,
+    )
     attended = rearrange(attended, "(b j) h w d -> b h (j w) d", j=blocks)
     asked = (cache.length % w)[:, None] + torch.arange(n, device=q.device)
     return attended.gather(-2, along_sequence(asked, attended))

@@ -17,5 +17,7 @@ def require_sizes(**sizes: int) -> None:
 
 def require_integers(name: str, value: Tensor, shape: torch.Size) -> None:
     """Raise ValueError if value is not int32 or int64, or of another shape."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor of integers, got {value!r}")
     if value.shape != shape or value.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be integers of shape {tuple(shape)}, got {value.dtype} {tuple(value.shape)}")

@@ -80,6 +80,7 @@ def attend_windows(
     k_at: Tensor,
     window: Window,
     dropout_p: float = 0.0,
+    k_turned: Tensor | int = 0,
 ) -> Tensor:
     """Attention of q (b, h, n, d) on what `window` shows of k, v (b, g, m, d), some queries at a time.
 
@@ -87,8 +88,9 @@ def attend_windows(
     way, and those of far keys vanish as the scores do.
 
     Args:
-        q_at: positions by which q is to be rotated, (n,) or with leading dimensions as `PositionModule.rotate` has it.
-        k_at: those by which k is (still) to be rotated, (m,) likewise.
+        q_at: positions of q, (n,) or with leading dimensions as `PositionModule.rotate` has it.
+        k_at: those of k, (m,) likewise.
+        k_turned: by how many of them k is rotated already.
     """
     n = q.shape[-2]
     chunk = min(positions.max_span(q.dtype), QUERY_CHUNK)
@@ -98,7 +100,7 @@ def attend_windows(
         keys, mask = window(rows)
         q_positions = q_at[..., rows]
         # Keys later than all these queries are hidden; held back, they do not overflow.
-        k_positions = k_at[..., keys].minimum(q_at[..., end - 1 : end])
+        k_positions = (k_at.minimum(q_at[..., end - 1 : end]) - k_turned)[..., keys]
         middle = (start + end) // 2
         q_chunk, k_seen = positions.rotate(
             q[..., rows, :], k[..., keys, :], q_positions, k_positions, q_at[..., middle : middle + 1]

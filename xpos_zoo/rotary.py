@@ -11,6 +11,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from xpos_zoo.checks import is_size
+
 
 @torch.library.custom_op("xpos_zoo::rotary_table", mutates_args=())
 def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
@@ -123,8 +125,10 @@ def apply_rotary_pos_emb(x: Tensor, sin: Tensor, cos: Tensor, scale: float | Ten
         scale: a number, or a tensor of either table width.
 
     Raises:
-        ValueError: dim is odd or zero, or a table's width or length does not fit x.
+        ValueError: x is no floating-point tensor, dim is odd or zero, or a table's shape does not fit x.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"x must have a floating-point dtype, got {x.dtype}")
     if x.ndim < 2 or x.shape[-1] % 2 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape (..., seq_len, dim) with an even dim above 0, got {tuple(x.shape)}")
 
@@ -134,6 +138,10 @@ def apply_rotary_pos_emb(x: Tensor, sin: Tensor, cos: Tensor, scale: float | Ten
             raise ValueError(f"{name} must be {dim // 2} or {dim} wide for x of width {dim}, got {tuple(table.shape)}")
         if table.ndim > 1 and table.shape[-2] not in (1, seq_len):
             raise ValueError(f"{name} must have {seq_len} rows, one for each of x's, got {tuple(table.shape)}")
+        if table.ndim > x.ndim or any(
+            t not in (1, n) for t, n in zip(table.shape[-3::-1], x.shape[-3::-1], strict=False)
+        ):
+            raise ValueError(f"{name} must broadcast against x's {tuple(x.shape)}, got {tuple(table.shape)}")
         return table[..., ::2] if table.shape[-1] == dim else table
 
     if isinstance(scale, Tensor) and scale.ndim > 0:
@@ -159,7 +167,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, *, base: float = 10000.0, interleaved: bool = True):
         super().__init__()
-        if head_dim <= 0 or head_dim % 2:
+        if not is_size(head_dim) or head_dim % 2:
             raise ValueError(f"head_dim must be even and above 0, got {head_dim}")
         if not base > 0:
             raise ValueError(f"base must be above 0, got {base}")
@@ -208,6 +216,9 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(f"x must have shape (..., seq_len, head_dim={self.head_dim}), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"x must have a floating-point dtype, got {x.dtype}")
-        if not isinstance(offset, Tensor) and offset < 0:
-            raise ValueError(f"offset must be 0 or above, got {offset}")
+        if isinstance(offset, Tensor):
+            if offset.numel() != 1 or offset.is_floating_point():
+                raise ValueError(f"offset must be one integer, got {offset.dtype} {tuple(offset.shape)}")
+        elif not isinstance(offset, int) or offset < 0:
+            raise ValueError(f"offset must be 0 or above and an integer, got {offset}")
         return torch.arange(x.shape[-2], device=x.device) + offset

@@ -177,7 +177,8 @@ class Transformer(nn.Module):
         Raises:
             ValueError: an argument has another shape, or is neither int64 nor int32, or as there.
         """
-        return self.head(self._features(tokens, cache, lengths, document_ids))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            return self.head(self._features(tokens, cache, lengths, document_ids))
 
     def _features(
         self,
@@ -200,9 +201,10 @@ class Transformer(nn.Module):
         Each row's new tokens follow its own end; with `lengths`, what remains on the right is still padding. All
         arguments are those of `stream`.
         """
-        ends = torch.full_like(tokens[:, 0], tokens.shape[1], dtype=torch.int64) if lengths is None else lengths.long()
+        stream = self.stream(tokens, max_new_tokens, lengths=lengths, **options)
+        ends = tokens.shape[1] if lengths is None else lengths.long()
         rows = torch.arange(len(tokens), device=tokens.device)
-        for count, new in enumerate(self.stream(tokens, max_new_tokens, lengths=lengths, **options)):
+        for count, new in enumerate(stream):
             tokens = pad(tokens, (0, 1))
             tokens[rows, ends + count] = new
         return tokens
@@ -267,7 +269,7 @@ class Transformer(nn.Module):
         cache = self.make_cache(b, n + max_new_tokens)
         features = self._features(tokens, cache, lengths)
         last = features[:, -1] if lengths is None else features[torch.arange(b, device=tokens.device), lengths - 1]
-        new = draw(self.head(last))
+        new = draw(self.head(last)).to(tokens.dtype)
         ended = torch.zeros_like(new, dtype=torch.bool)
         for left in reversed(range(max_new_tokens)):
             yield new
@@ -276,13 +278,13 @@ class Transformer(nn.Module):
                 if ended.all():
                     return
             if left:
-                new = draw(decode(new[:, None], cache)[:, -1])
+                new = draw(decode(new[:, None], cache)[:, -1]).to(tokens.dtype)
                 if eos is not None:
                     new = new.masked_fill(ended, eos)
 
 
 class TransformerCache(nn.ModuleList):
-    """A `KeyValueCache` for each layer, in which all rows have the same length."""
+    """A `KeyValueCache` for each layer; all have seen the same tokens."""
 
     @property
     def length(self) -> Tensor:

@@ -76,7 +76,8 @@ class XPOS(RotaryEmbedding):
 
         Row j is rotated by position offset + j and scaled by zeta^(e/scale_base) with the length-centred
         e = offset + j - (seq_len + offset + 1) // 2. Queries and keys therefore fit together if seq_len + offset is the
-        same for both; `rotate` needs no such care.
+        same for both. The factors grow with seq_len, as theirs do, and overflow at about 140 scale_base rows in float32
+        and 17 in float16. `rotate` needs no such care.
 
         Args:
             x: any floating dtype; computed in float32 at least.
@@ -106,10 +107,11 @@ class XPOS(RotaryEmbedding):
     def max_span(self, dtype: torch.dtype) -> int:
         """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`.
 
-        No factor then exceeds 2^32, or 2^8 in float16, so that even a score that a causal mask hides, the product of
-        two such factors, stays finite in the float32 in which attention accumulates.
+        No factor then exceeds 2^32, or 2^4 in float16, so that even a score that a causal mask hides, the product of
+        two such factors, stays finite in the float32 in which attention accumulates. float16 has few bits to spare:
+        queries and keys may be as large as 4000, and as small as 0.001 before they lose precision.
         """
-        bits = 8 if dtype == torch.float16 else 32
+        bits = 4 if dtype == torch.float16 else 32
         bits_per_position = -math.log2(GAMMA / (1 + GAMMA)) / self.scale_base
         return max(1, int(2 * bits / bits_per_position))
 
