@@ -1,0 +1,126 @@
+"""`python -m benchmarks.train --device cpu`: what Lightning costs over a bare PyTorch loop, and FLOP utilisation.
+
+The same model, batches, optimizer and schedule in both; they take turns for rounds of steps, and median times of a
+step are compared. On a CPU only the ratio means anything; on a GPU also the rate of floating-point operations, as a
+share of what a large matrix product of the same dtype reaches in the same run.
+"""
+
+import argparse
+import contextlib
+import logging
+import statistics
+import time
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from benchmarks.harness import milliseconds, publish
+from train.language_model import LanguageModel
+
+SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {  # context length, batch size, model
+    "demo": (128, 16, {"embed_dim": 128, "num_layers": 4, "num_heads": 4}),
+    "124M": (1024, 16, {"embed_dim": 768, "num_layers": 16, "num_heads": 12}),
+}
+
+
+class StepTimes(L.Callback):
+    """Milliseconds from the end of one step to the end of the next."""
+
+    def __init__(self, device: str):
+        self.device, self.ends = device, []
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    @property
+    def milliseconds(self) -> list[float]:
+        return [(b - a) * 1000 for a, b in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def lightning_round(module: LanguageModel, data: DataLoader, precision: Any, device: str) -> list[float]:
+    times = StepTimes(device)
+    trainer = L.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        precision=precision,
+        max_steps=len(data),
+        gradient_clip_val=1.0,
+        callbacks=[times],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    return times.milliseconds
+
+
+def bare_round(module: LanguageModel, data: DataLoader, precision: Any, device: str) -> list[float]:
+    module.to(device).train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=module.learning_rate, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(data))
+    autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+    ends = StepTimes(device)
+    for batch in data:
+        with autocast:
+            loss = module.loss(batch.to(device, non_blocking=True))
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ends.on_train_batch_end()
+    return ends.milliseconds
+
+
+def flops_a_step(module: LanguageModel, batch: int, length: int) -> float:
+    """6 a weight and token, and 6 d (n + 1) a layer and token for causal attention's two products."""
+    weights = sum(p.numel() for name, p in module.named_parameters() if "norm" not in name)
+    attention = sum(6 * a.num_heads * a.head_dim * (length + 1) for a in module.transformer.attentions)
+    return batch * length * (6.0 * weights + attention)
+
+
+def matrix_product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of an 8192^3 matrix product."""
+    a, b = (torch.randn(8192, 8192, dtype=dtype, device="cuda") for _ in range(2))
+    return 2 * 8192**3 / (milliseconds({"product": lambda: a @ b}, "cuda")["product"] / 1000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--size", default="demo", choices=list(SIZES))
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
+    parser.add_argument("--rounds", default=6, type=int)
+    parser.add_argument("--steps", default=60, type=int, help="steps a round")
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    length, batch, model = SIZES[options.size]
+    torch.manual_seed(0)
+    module = LanguageModel(length, **model, compile=options.device == "cuda", warmup_steps=1)
+    windows = torch.randint(256, (batch * options.steps, length + 1))
+    data = DataLoader(windows, batch_size=batch)  # type: ignore[arg-type]
+    times: dict[str, list[float]] = {"lightning": [], "bare": []}
+    for _ in range(options.rounds):
+        for name, one_round in (("lightning", lightning_round), ("bare", bare_round)):
+            times[name] += one_round(module, data, options.precision, options.device)[5:]
+            print(name, f"{statistics.median(times[name]):.2f} ms a step", flush=True)
+    step = {name: statistics.median(each) for name, each in times.items()}
+    row: dict[str, Any] = {"size": options.size, "precision": options.precision}
+    row["lightning / bare"] = step["lightning"] / step["bare"]
+    if options.device == "cuda":
+        rate = flops_a_step(module, batch, length) / (step["lightning"] / 1000)
+        reached = matrix_product_rate(torch.bfloat16 if options.precision == "bf16-mixed" else torch.float32)
+        row["tokens a second"] = batch * length / (step["lightning"] / 1000)
+        row["share of the matrix product's rate"] = rate / reached
+    publish(f"train-{options.size}", options.device, {"batch_size": batch, "context_length": length, **model}, [row])
+
+
+if __name__ == "__main__":
+    main()
