@@ -182,7 +182,7 @@ class RotaryEmbedding(nn.Module):
         """Rotate row j of x (..., seq_len, head_dim) by position offset + j; x's shape and dtype.
 
         Raises:
-            ValueError: x is no floating-point tensor of that width, or offset is negative.
+            ValueError: x is no floating-point tensor of that width, or offset is negative or no integer.
         """
         return self._rotated(x, self._table(x, self._positions(x, offset)))
 

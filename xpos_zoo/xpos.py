@@ -85,7 +85,7 @@ class XPOS(RotaryEmbedding):
             downscale: False for queries, True (the inverse scaling) for keys.
 
         Raises:
-            ValueError: x is no floating-point tensor of that width, or offset is negative.
+            ValueError: x is no floating-point tensor of that width, or offset is negative or no integer.
         """
         positions = self._positions(x, offset)
         origin = (x.shape[-2] + offset + 1) // 2
