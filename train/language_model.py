@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
+from train.baselines import ALiBi, NoPositions
 from train.errors import UserError
 from train.text import VOCAB_SIZE
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 
-POSITIONS = (XPOS, RotaryEmbedding)  # imported, so that YAML can name them without their module
+POSITIONS = (XPOS, RotaryEmbedding, ALiBi, NoPositions)  # imported, so that YAML can name them without their module
 
 
 class Positions(Protocol):
     """Gives a position module for a head_dim. What is a parameter here, YAML cannot set below `model.positions`."""
 
-    def __call__(self, head_dim: int, *, scale_base: float = ...) -> nn.Module: ...
+    def __call__(self, head_dim: int, *, scale_base: float = ..., num_heads: int = ...) -> nn.Module: ...
 
 
 class LanguageModel(L.LightningModule):
@@ -28,7 +29,8 @@ class LanguageModel(L.LightningModule):
 
     Args:
         context_length: training length L; the data's own.
-        positions: the position module's class, or anything that gives one for a head_dim: `XPOS`, `RotaryEmbedding`.
+        positions: the position module's class, or anything that gives one for a head_dim: `XPOS`, `RotaryEmbedding`,
+            `ALiBi`, `NoPositions`.
         scale_base: of position modules that have one; by default half the context length, where the authors' 512 for
             1024 puts it.
         embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, block_size, dropout: see `Transformer`.
@@ -86,6 +88,8 @@ class LanguageModel(L.LightningModule):
                 self.hparams["scale_base"] = module.scale_base
             elif scale_base is not None:
                 raise UserError(f"model.scale_base is {scale_base:g}, but {type(module).__name__} has no scale_base")
+            if hasattr(module, "num_heads"):
+                module.num_heads = num_heads
             return module
 
         try:
