@@ -185,7 +185,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def main(args: list[str] | None = None) -> None:
+def main(args: list[str] | None = None, data: type[Any] = TextData, prog: str = "python -m train") -> None:
     for noise in (
         "does not have many workers",
         "exists and is not empty",
@@ -198,13 +198,13 @@ def main(args: list[str] | None = None) -> None:
     with told_in_one_line():
         RunCLI(
             LanguageModel,
-            TextData,
+            data,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"use_distributed_sampler": False},
             auto_configure_optimizers=False,
             parser_kwargs={
-                "prog": "python -m train",
+                "prog": prog,
                 "description": "Train, validate or test a language model from YAML.",
                 "exit_on_error": False,
             },

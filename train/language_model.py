@@ -16,6 +16,10 @@ from train.text import VOCAB_SIZE
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 
 POSITIONS = (XPOS, RotaryEmbedding, ALiBi, NoPositions)  # imported, so that YAML can name them without their module
+IGNORED = -100  # a target that is not predicted
+
+# Windows (b, n + 1), each token of which but the first is predicted; or inputs and targets, (b, n) each.
+Batch = Tensor | tuple[Tensor, Tensor] | list[Tensor]
 
 
 class Positions(Protocol):
@@ -119,21 +123,32 @@ class LanguageModel(L.LightningModule):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.transformer(tokens)
 
-    def loss(self, windows: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats, of each token of the windows (b, n + 1) but the first."""
-        logits = self(windows[:, :-1])
-        return cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    def predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (b n, vocabulary) and targets (b n,)."""
+        inputs, targets = (batch[:, :-1], batch[:, 1:]) if isinstance(batch, Tensor) else batch
+        return self(inputs).flatten(0, 1), targets.flatten()
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the targets, in nats."""
+        return cross_entropy(*self.predictions(batch), ignore_index=IGNORED)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         self.log("train_bits_per_byte", loss.detach() / math.log(2), prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_bits_per_byte", self.loss(batch) / math.log(2), prog_bar=True, sync_dist=True)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_held_out("val", batch, prog_bar=True)
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("test_bits_per_byte", self.loss(batch) / math.log(2), sync_dist=True)
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._log_held_out("test", batch)
+
+    def _log_held_out(self, split: str, batch: Batch, prog_bar: bool = False) -> None:
+        logits, targets = self.predictions(batch)
+        loss = cross_entropy(logits, targets, ignore_index=IGNORED)
+        right = (logits.argmax(-1) == targets)[targets != IGNORED].float().mean()
+        measures = {f"{split}_bits_per_byte": loss / math.log(2), f"{split}_accuracy": right}
+        self.log_dict(measures, prog_bar=prog_bar, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         matrices = [p for p in self.parameters() if p.ndim >= 2]

@@ -6,15 +6,17 @@ Axes: b batch, n sequence, h heads, g key-value heads, d head dimension.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from xpos_zoo.bias import DistanceBias
 from xpos_zoo.blockwise import blockwise_attention
 from xpos_zoo.cache import KeyValueCache, cached_attention
 from xpos_zoo.checks import is_size, require_integers, require_sizes
-from xpos_zoo.dense import PositionModule, dense_attention
+from xpos_zoo.dense import PositionModule, dense_attention, distance_bias_of
 from xpos_zoo.rotary import at_least_float32
 from xpos_zoo.xpos import XPOS
 
@@ -41,9 +43,42 @@ class Temperature:
 
     def __call__(self, q: Tensor, visible_keys: Tensor) -> Tensor:
         """q (..., n, d) with row j sharpened for visible_keys[..., j] keys; q's dtype."""
-        excess = torch.log(visible_keys.double() / self.trained_length).clamp(min=0)
-        factor = (1 + self.coefficient * excess).to(at_least_float32(q.dtype))
+        dtype = at_least_float32(q.dtype)
+        factor = sharpening(visible_keys, float(self.coefficient), float(self.trained_length), dtype)
         return (q * factor[..., None]).to(q.dtype)
+
+
+@torch.library.custom_op("xpos_zoo::sharpening", mutates_args=())
+def sharpening(visible_keys: Tensor, coefficient: float, trained_length: float, dtype: torch.dtype) -> Tensor:
+    """1 + coefficient * ln(visible_keys / trained_length), at least 1, evaluated in float64.
+
+    An operator of its own for the same reason as `rotary_table`.
+    """
+    excess = torch.log(visible_keys.double() / trained_length).clamp(min=0)
+    return (1 + coefficient * excess).to(dtype)
+
+
+@sharpening.register_fake
+def _(visible_keys: Tensor, coefficient: float, trained_length: float, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(visible_keys, dtype=dtype)
+
+
+class Biased:
+    """A position module with one more bias by distance."""
+
+    def __init__(self, positions: PositionModule, bias: DistanceBias):
+        self.positions = positions
+        self.bias = bias
+
+    def rotate(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.positions.rotate(*args, **kwargs)
+
+    def max_span(self, dtype: torch.dtype) -> int:
+        return self.positions.max_span(dtype)
+
+    def distance_bias(self, distance: Tensor) -> Tensor:
+        own = distance_bias_of(self.positions)
+        return self.bias(distance) if own is None else self.bias(distance) + own(distance)
 
 
 class MultiHeadAttention(nn.Module):
@@ -56,7 +91,8 @@ class MultiHeadAttention(nn.Module):
             by default num_heads.
         head_dim: channels of a head; by default embed_dim / num_heads.
         positions: called with head_dim, gives the position module: `XPOS`, `RotaryEmbedding`,
-            `partial(XPOS, scale_base=64)`, or your own with their `rotate` and `max_span`.
+            `partial(XPOS, scale_base=64)`, or your own with their `rotate` and `max_span`, and if you like with a
+            `distance_bias`: see `PositionModule`.
         block_size: None for dense causal attention; an integer for blockwise causal attention in blocks of that size.
         bias: whether the projections have biases.
         dropout: probability of dropping an attention weight in training.
@@ -64,10 +100,16 @@ class MultiHeadAttention(nn.Module):
     Attributes that may be set at any time, on a trained model too:
         block_size: as above.
         temperature: None, or a `Temperature` for queries that see more keys than in training.
+        distance_bias: None, or a `DistanceBias` such as `SoftTail` for keys farther away than any in training. A module
+            with parameters is a submodule, and trained with the others.
+
+    With a bias, attention is masked instead of causal, 1024 queries at a time; training keeps all masks.
 
     Raises:
         ValueError: for a size that is not positive or does not divide as said.
     """
+
+    distance_bias: DistanceBias | None
 
     def __init__(
         self,
@@ -102,6 +144,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = dropout
         self.block_size = block_size
         self.temperature = None
+        self.distance_bias = None
         if isinstance(positions, nn.Module):
             raise ValueError(f"positions must be called with head_dim to give a module, such as XPOS, got {positions}")
         self.positions = positions(head_dim)
@@ -132,10 +175,18 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"temperature must be a Temperature or None, got {value!r}")
         self._temperature = value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "distance_bias":
+            if value is not None and not callable(value):
+                raise ValueError(f"distance_bias must be callable, such as a SoftTail, or None, got {value!r}")
+            self._modules.pop(name, None)  # torch lets nothing but a module take a module's place
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         return (
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, block_size={self.block_size}, temperature={self.temperature}"
+            f"head_dim={self.head_dim}, block_size={self.block_size}, temperature={self.temperature}, "
+            f"distance_bias={self.distance_bias}"
         )
 
     def make_cache(
@@ -212,16 +263,17 @@ class MultiHeadAttention(nn.Module):
             if cache is not None:
                 at = cache.length[:, None, None] + at
             q = self.temperature(q, visible_keys(at, self.block_size))
+        positions = self.positions if self.distance_bias is None else Biased(self.positions, self.distance_bias)
         dropout_p = self.dropout if self.training else 0.0
         if cache is not None:
             if k.dtype != cache.k.dtype:
                 raise ValueError(f"cache must hold the block's dtype {k.dtype}, got {cache.k.dtype}")
             count = torch.full((b,), n, device=x.device) if lengths is None else lengths
-            attended = cached_attention(q, k, v, self.positions, cache, count)
+            attended = cached_attention(q, k, v, positions, cache, count)
         elif self.block_size is None:
-            attended = dense_attention(q, k, v, self.positions, dropout_p, document_ids)
+            attended = dense_attention(q, k, v, positions, dropout_p, document_ids)
         else:
-            attended = blockwise_attention(q, k, v, self.positions, self.block_size, dropout_p, document_ids)
+            attended = blockwise_attention(q, k, v, positions, self.block_size, dropout_p, document_ids)
         return self.out_proj(rearrange(attended, "b h n d -> b n (h d)"))
 
     def _check(

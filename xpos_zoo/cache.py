@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from xpos_zoo.blockwise import attend_blocks, fold, windows
 from xpos_zoo.checks import require_sizes
-from xpos_zoo.dense import PositionModule, attend_windows
+from xpos_zoo.dense import PositionModule, attend_windows, distance_bias_of
 from xpos_zoo.rotary import at_least_float32
 
 PART = 256  # slots: few enough for any factor, enough that the query's versions cost little beside the keys
@@ -187,7 +187,7 @@ def cached_attention(
 
 def attend_parts(q: Tensor, positions: PositionModule, cache: KeyValueCache, q_at: Tensor) -> Tensor:
     """One query a row (b, h, 1, d) at q_at (b,), in one version for each part of the cache: (b, h, 1, d)."""
-    p, dtype = cache.part_size, at_least_float32(q.dtype)
+    p, dtype, bias = cache.part_size, at_least_float32(q.dtype), distance_bias_of(positions)
     slot = torch.arange(cache.slots, device=q.device)
     k_at = cache.token_positions(q_at + 1, slot)
     visible = k_at >= 0
@@ -202,9 +202,12 @@ def attend_parts(q: Tensor, positions: PositionModule, cache: KeyValueCache, q_a
     with torch.autocast(q.device.type, enabled=False):  # it would round the scores
         keys = rearrange(cache.k, "b g (j p) d -> b g j d p", p=p)
         scores = versions.to(dtype) @ keys.to(dtype) / q.shape[-1] ** 0.5
-        scores = rearrange(scores, "b g j r p -> b g r (j p)")
+        scores = rearrange(scores, "b g j r p -> b (g r) 1 (j p)")
+        if bias is not None:
+            scores = scores + bias((q_at[:, None] - k_at)[:, None, None])
         weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
-        attended = weights.to(q.dtype) @ cache.v
+        weights = rearrange(weights.to(q.dtype), "b (g r) 1 s -> b g r s", g=cache.k.shape[1])
+        attended = weights @ cache.v
     return rearrange(attended, "b g r d -> b (g r) 1 d")
 
 

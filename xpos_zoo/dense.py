@@ -11,6 +11,9 @@ from einops import repeat
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from xpos_zoo.bias import DistanceBias
+from xpos_zoo.rotary import at_least_float32
+
 QUERY_CHUNK = 1024  # queries at a time where there is a mask: bounds it at 1024 x m
 
 # Which keys (a slice of them) some queries (a slice, too) look at, and where in there they see: (..., n, m), True.
@@ -18,7 +21,11 @@ Window = Callable[[slice], tuple[slice, Tensor]]
 
 
 class PositionModule(Protocol):
-    """What attention asks of a position encoding; `RotaryEmbedding` says what the methods mean."""
+    """What attention asks of a position encoding; `RotaryEmbedding` says what the methods mean.
+
+    It may also have a method `distance_bias(distance)`, which is a `DistanceBias`, for every head alike or with an axis
+    of heads, (h, n, m), as ALiBi's is.
+    """
 
     def rotate(
         self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, origin: int | Tensor = 0
@@ -27,15 +34,28 @@ class PositionModule(Protocol):
     def max_span(self, dtype: torch.dtype) -> int: ...
 
 
+def distance_bias_of(positions: PositionModule) -> DistanceBias | None:
+    return getattr(positions, "distance_bias", None)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
-    """Softmax attention of q (b, h, n, d) on k, v (b, g, m, d): causal if mask is None, else where mask is True."""
+    """Softmax attention of q (b, h, n, d) on k, v (b, g, m, d).
+
+    It is causal if mask is None, else where mask is True; a mask of floating-point numbers is added to the logits.
+    """
     if mask is None:
         return scaled_dot_product_attention(
             q, k, v, is_causal=True, dropout_p=dropout_p, enable_gqa=k.shape[1] != q.shape[1]
         )
     # With a mask, no fused CUDA kernel knows grouped heads.
     k, v = (repeat(t, "b g n d -> b (g r) n d", r=q.shape[1] // t.shape[1]) for t in (k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+    if mask.dtype == torch.bool:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+    # On the CPU a mask may be more precise than q. CUDA's memory-efficient kernel wants q's dtype, so that there a bias
+    # is rounded: one of 10 by up to 0.03 in bfloat16, 0.004 in float16.
+    mask = mask.to(at_least_float32(q.dtype) if q.device.type == "cpu" else q.dtype)
+    with torch.autocast(q.device.type, enabled=False):  # it would round the mask
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 
 def dense_attention(
@@ -52,7 +72,7 @@ def dense_attention(
     """
     n = q.shape[-2]
     at = torch.arange(n, device=q.device)
-    if document_ids is None and n <= positions.max_span(q.dtype):
+    if document_ids is None and distance_bias_of(positions) is None and n <= positions.max_span(q.dtype):
         q, k = positions.rotate(q, k, at, at, origin=n // 2)
         return attend(q, k, v, None, dropout_p)
 
@@ -94,10 +114,14 @@ def attend_windows(
     """
     n = q.shape[-2]
     chunk = min(positions.max_span(q.dtype), QUERY_CHUNK)
+    bias = distance_bias_of(positions)
 
     def attend_chunk(start: int, end: int) -> Tensor:
         rows = slice(start, end)
         keys, mask = window(rows)
+        if bias is not None:
+            distance = q_at[..., rows, None] - k_at[..., None, keys]
+            mask = torch.where(mask, bias(distance[(None,) * (4 - distance.ndim)]), -torch.inf)
         q_positions = q_at[..., rows]
         # Keys later than all these queries are hidden; held back, they do not overflow.
         k_positions = (k_at.minimum(q_at[..., end - 1 : end]) - k_turned)[..., keys]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 
 from xpos_zoo.attention import MultiHeadAttention, Temperature
+from xpos_zoo.bias import DistanceBias
 from xpos_zoo.cache import KeyValueCache
 from xpos_zoo.checks import require_integers, require_sizes
 from xpos_zoo.dense import PositionModule
@@ -149,6 +150,22 @@ class Transformer(nn.Module):
     def temperature(self, value: Temperature | None) -> None:
         for attention in self.attentions:
             attention.temperature = value
+
+    @property
+    def distance_bias(self) -> DistanceBias | None:
+        """The `DistanceBias` of all layers, such as `SoftTail`, or None."""
+        return self.attentions[0].distance_bias
+
+    @distance_bias.setter
+    def distance_bias(self, value: DistanceBias | None) -> None:
+        for attention in self.attentions:
+            attention.distance_bias = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "distance_bias":
+            object.__setattr__(self, name, value)  # a bias that is a module belongs to the layers, too
+        else:
+            super().__setattr__(name, value)
 
     def make_cache(
         self,
