@@ -2,6 +2,7 @@
 
     score(n, m) = sum_i zeta_i^((n - m) / s) Re(q_i conj(k_i) exp(1j (n - m) theta_i))
     theta_i = base^(-2i/d),  zeta_i = (i / (d/2) + 0.4) / 1.4;  without the decay it is plain rotary
+    logit(n, m) = score(n, m) / sqrt(d) + bias(n - m)
 
 Axes: b batch, h query heads, g key-value heads, n queries, m keys, d head dimension, i = d/2 channel pairs. Queries are
 those of the last n of m positions.
@@ -16,8 +17,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from xpos_zoo import XPOS, MultiHeadAttention, RotaryEmbedding
+from xpos_zoo import XPOS, DistanceBias, MultiHeadAttention, RotaryEmbedding, SoftTail
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALVES)
@@ -26,11 +29,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Encoding(NamedTuple):
-    """What a position module is told; plain rotary if scale_base is None."""
+    """What a position module is told, plain rotary if scale_base is None; and what is added to logits by distance."""
 
     scale_base: float | None = None
     base: float = 10000.0
     interleaved: bool = True
+    bias: Callable[[Tensor], Tensor] | None = None
 
     def module(self, head_dim: int) -> RotaryEmbedding:
         if self.scale_base is None:
@@ -38,8 +42,34 @@ class Encoding(NamedTuple):
         return XPOS(head_dim, self.scale_base, base=self.base, interleaved=self.interleaved)
 
 
-def encoding_of(module: RotaryEmbedding) -> Encoding:
-    return Encoding(module.scale_base if isinstance(module, XPOS) else None, module.base, module.interleaved)
+def encoding_of(module: RotaryEmbedding, *biases: DistanceBias | None) -> Encoding:
+    """With all biases that are not None."""
+    formulas = [bias_formula(bias) for bias in biases if bias is not None]
+
+    def total(distance: Tensor) -> Tensor:
+        return sum((formula(distance) for formula in formulas), torch.zeros((), dtype=torch.float64))
+
+    scale_base = module.scale_base if isinstance(module, XPOS) else None
+    return Encoding(scale_base, module.base, module.interleaved, total if formulas else None)
+
+
+def bias_formula(bias: DistanceBias) -> Callable[[Tensor], Tensor]:
+    """A soft tail is -power ln(m / trained_length) at distances m beyond; others are their own formula."""
+    if not isinstance(bias, SoftTail):
+        return bias
+
+    def tail(distance: Tensor) -> Tensor:
+        logarithm = torch.log(distance.double() / bias.trained_length)
+        return torch.where(distance > bias.trained_length, -bias.power * logarithm, 0)
+
+    return tail
+
+
+class Sloped(XPOS):
+    """XPOS with ALiBi's bias for four heads, -slope * distance, which halves can hold at distances below 128."""
+
+    def distance_bias(self, distance: Tensor) -> Tensor:
+        return -distance * torch.tensor([0.5, 0.25, 0.125, 0.0625], device=distance.device)[:, None, None]
 
 
 def theta(head_dim: int, base: float = 10000.0) -> Tensor:
@@ -126,14 +156,23 @@ def placed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, at[k.shape[-2] - q.shape[-2] :], at
 
 
+def biases(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
+    """What is added to the logits of q (b, h, n, d) and k (b, g, m, d), in a shape that broadcasts against them."""
+    if encoding.bias is None:
+        return torch.zeros((), dtype=torch.float64)
+    return encoding.bias(distances(*placed(q, k)[2:], mask)).double()
+
+
 def logits(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
-    """Scaled scores of q (b, h, n, d) and k (b, g, m, d), minus infinity where mask (n, m) is False: (b, h, n, m)."""
-    return (scores(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+    """Those of q (b, h, n, d) and k (b, g, m, d), minus infinity where mask (n, m) is False: (b, h, n, m)."""
+    scaled = scores(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
+    return (scaled + biases(q, k, mask, encoding)).masked_fill(~mask, -math.inf)
 
 
 def logit_sizes(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
-    """`score_sizes` over sqrt(d), 0 where mask is False; shapes as in `logits`."""
-    return (score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])).masked_fill(~mask, 0)
+    """`score_sizes` over sqrt(d) and the size of the bias, 0 where mask is False; shapes as in `logits`."""
+    scaled = score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
+    return (scaled + biases(q, k, mask, encoding).abs()).masked_fill(~mask, 0)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
@@ -150,15 +189,19 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
     q, k, q_at, k_at = placed(q, k)
     b, h, n, d = q.shape
     m = k.shape[-2]
+    if encoding.bias is not None:  # in float32, which the CPU's attention takes with every dtype
+        bias = biases(q, k, mask, encoding).to(torch.promote_types(q.dtype, torch.float32))
+        mask = torch.where(mask, bias, -math.inf)
     distance = (q_at[:, None] - k_at).clamp(min=0)
     rows = encode(q, q_at, None, encoding).to(q.dtype)
     keys = encode(k[..., None, :, :].expand(b, h, n, m, d), k_at.expand(n, m), distance, encoding).to(q.dtype)
-    out = scaled_dot_product_attention(
-        rows.reshape(b * h * n, 1, 1, d),
-        keys.reshape(b * h * n, 1, m, d),
-        grouped(q, v)[0][..., None, :, :].expand(b, h, n, m, d).reshape(b * h * n, 1, m, d),
-        attn_mask=mask.expand(b, h, n, m).reshape(b * h * n, 1, 1, m),
-    )
+    with torch.autocast("cpu", enabled=False):
+        out = scaled_dot_product_attention(
+            rows.reshape(b * h * n, 1, 1, d),
+            keys.reshape(b * h * n, 1, m, d),
+            grouped(q, v)[0][..., None, :, :].expand(b, h, n, m, d).reshape(b * h * n, 1, m, d),
+            attn_mask=mask.expand(b, h, n, m).reshape(b * h * n, 1, 1, m),
+        )
     return out.reshape(b, h, n, d)
 
 
@@ -178,6 +221,15 @@ def unsigned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding, 
         *gradients(logit_sizes(q, k, mask, encoding), through_logits, (q, k)),
         *gradients(output, upstream.abs(), (v,)),
     )
+
+
+def computing(dtype: torch.dtype, logit: float, encoding: Encoding) -> float:
+    """How wrong, relatively, a weight with a logit of that size may be besides what `dtype` rounds.
+
+    Scores have a relative error of 32 roundoffs of float32, or of float64 with inputs of that; a bias is float32.
+    """
+    computed_in = torch.promote_types(dtype, torch.float32) if encoding.bias is None else torch.float32
+    return 32 * (1 + 4 * logit) * roundoff(computed_in)
 
 
 def luck(dtype: torch.dtype, logit: float, result: Tensor) -> float:
@@ -208,12 +260,11 @@ def assert_attends_exactly(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, mask
     plain = with_gradients(plain_attention(q, k, v, mask, encoding)) if q.dtype in HALVES else expected
     sizes = unsigned(q, k, v, mask, encoding, upstream)
     logit = logit_sizes(q, k, mask, encoding).max().item() if q.numel() else 0
-    computing = 32 * (1 + 4 * logit) * roundoff(torch.promote_types(q.dtype, torch.float32))
     for ours, exact, reachable, size in zip(with_gradients(actual), expected, plain, sizes, strict=False):
         assert ours.dtype == q.dtype
         assert ours.shape == exact.shape
         assert ours.isfinite().all()
-        slack = computing + luck(q.dtype, logit, exact)
+        slack = computing(q.dtype, logit, encoding) + luck(q.dtype, logit, exact)
         assert difference(ours, exact) <= 2 * difference(reachable, exact) + slack * size.norm()
 
 
@@ -228,7 +279,8 @@ def projected(module: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Te
         log = torch.log(mask.sum(-1).double() / module.temperature.trained_length).clamp(min=0)
         q = (q * (1 + module.temperature.coefficient * log)[:, None]).to(q.dtype)
     assert isinstance(module.positions, RotaryEmbedding)
-    return q, k, v, mask, encoding_of(module.positions)
+    own = getattr(module.positions, "distance_bias", None)
+    return q, k, v, mask, encoding_of(module.positions, module.distance_bias, own)
 
 
 def multi_head_attention(module: MultiHeadAttention, x: Tensor, attend: Callable[..., Tensor] = attention) -> Tensor:
@@ -262,13 +314,12 @@ def assert_block_is_exact(
     actual = results(run, copy.deepcopy(module).to(device), x.to(device))
     q, k, _, mask, encoding = projected(double(module), x.double())
     logit = logit_sizes(q, k, mask, encoding).max().item() if q.numel() else 0
-    computing = 32 * (1 + 4 * logit) * roundoff(torch.promote_types(x.dtype, torch.float32))
     largest = max(t.norm() for t in exact)
     for ours, right, reachable in zip(actual, exact, plain, strict=True):
         assert ours.dtype == reachable.dtype
         assert ours.shape == right.shape
         assert ours.isfinite().all()
-        slack = computing + luck(autocast or x.dtype, logit, right)
+        slack = computing(x.dtype, logit, encoding) + luck(autocast or x.dtype, logit, right)
         assert difference(ours.cpu(), right) <= 2 * difference(reachable, right) + slack * largest
 
 
@@ -317,3 +368,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def gradients(output: Tensor, upstream: Tensor, inputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """d(output . upstream) / d(each input)."""
     return torch.autograd.grad(output, tuple(inputs), upstream.to(output.dtype))
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of entries of the largest tensor that any operation gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numel = max([self.numel, *(t.numel() for t in tensors)])
+        return result

@@ -1,4 +1,4 @@
-"""MultiHeadAttention and Temperature.
+"""MultiHeadAttention, its Temperature and its bias.
 
 Axes: b batch, n sequence, d head dimension.
 """
@@ -13,21 +13,39 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import DTYPES, HALVES, assert_block_is_exact, normal, relative_error, roundoff, visible
+from reference import DTYPES, HALVES, Sloped, assert_block_is_exact, normal, relative_error, roundoff, visible
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from xpos_zoo import XPOS, MultiHeadAttention, RotaryEmbedding, Temperature
+from xpos_zoo import XPOS, DistanceBias, MultiHeadAttention, RotaryEmbedding, SoftTail, Temperature
 from xpos_zoo.attention import visible_keys
 
 DENSE_AND_BLOCKWISE = pytest.mark.parametrize("block_size", [None, 12], ids=["dense", "blockwise"])
 
 
-def block(embed_dim: int = 32, num_heads: int = 4, temperature: Temperature | None = None, **options):
+def block(
+    embed_dim: int = 32,
+    num_heads: int = 4,
+    temperature: Temperature | None = None,
+    distance_bias: DistanceBias | None = None,
+    **options,
+) -> MultiHeadAttention:
     torch.manual_seed(0)
     module = MultiHeadAttention(embed_dim, num_heads, **options)
-    module.temperature = temperature
+    module.temperature, module.distance_bias = temperature, distance_bias
     return module
+
+
+class LearnedBias(nn.Module):
+    """A bias to learn for each of four heads and each of the first eight distances; the eighth is all others'."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(normal(5, 4, 8))
+
+    def forward(self, distance: Tensor) -> Tensor:
+        heads = torch.arange(4, device=distance.device)[:, None, None]
+        return self.table[heads, distance.long().clamp(0, 7)]
 
 
 # Exactness
@@ -47,6 +65,11 @@ def block(embed_dim: int = 32, num_heads: int = 4, temperature: Temperature | No
         {"positions": partial(XPOS, scale_base=0.3)},
         {"positions": RotaryEmbedding},
         {"temperature": Temperature(0.5, 10)},
+        {"distance_bias": SoftTail(3.0, 10)},
+        {"distance_bias": SoftTail(3.0, 10), "num_kv_heads": 2, "positions": partial(XPOS, scale_base=0.3)},
+        {"distance_bias": LearnedBias()},
+        {"positions": Sloped, "num_kv_heads": 2},
+        {"positions": Sloped, "distance_bias": SoftTail(3.0, 10), "temperature": Temperature(0.5, 10)},
     ],
     ids=[
         "as it is",
@@ -58,6 +81,11 @@ def block(embed_dim: int = 32, num_heads: int = 4, temperature: Temperature | No
         "in chunks",
         "rotary",
         "temperature",
+        "soft tail",
+        "soft tail, grouped, in chunks",
+        "learned bias",
+        "positions with a bias, grouped",
+        "positions with a bias, soft tail, temperature",
     ],
 )
 def test_the_block_equals_the_formula(options, dtype, block_size):
@@ -75,10 +103,11 @@ def test_the_block_equals_the_formula(options, dtype, block_size):
     positions=st.sampled_from([RotaryEmbedding, XPOS, partial(XPOS, scale_base=3, interleaved=False)]),
     block_size=st.none() | st.integers(1, 20),
     temperature=st.none() | st.builds(Temperature, st.sampled_from([0.1, 1.0]), st.integers(1, 20)),
+    distance_bias=st.none() | st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 20)),
     dtype=st.sampled_from(DTYPES),
 )
 def test_the_block_equals_the_formula_whatever_its_options(
-    n, b, embed_dim, heads, head_dim, bias, positions, block_size, temperature, dtype
+    n, b, embed_dim, heads, head_dim, bias, positions, block_size, temperature, distance_bias, dtype
 ):
     num_heads, num_kv_heads = heads
     module = block(
@@ -90,22 +119,26 @@ def test_the_block_equals_the_formula_whatever_its_options(
         positions=positions,
         block_size=block_size,
         temperature=temperature,
+        distance_bias=distance_bias,
     ).to(dtype)
     assert_block_is_exact(module, normal(0, b, n, embed_dim, dtype=dtype))
 
 
 @DENSE_AND_BLOCKWISE
 @pytest.mark.parametrize("dtype", HALVES)
-def test_autocast_is_as_exact_as_its_dtype(dtype, block_size):
-    assert_block_is_exact(block(block_size=block_size), normal(0, 2, 77, 32), autocast=dtype)
+@pytest.mark.parametrize("distance_bias", [None, SoftTail(8.0, 5)], ids=["no bias", "soft tail"])
+def test_autocast_is_as_exact_as_its_dtype(distance_bias, dtype, block_size):
+    module = block(block_size=block_size, distance_bias=distance_bias)
+    assert_block_is_exact(module, normal(0, 2, 77, 32), autocast=dtype)
 
 
 @DENSE_AND_BLOCKWISE
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("num_kv_heads", [4, 1], ids=["equal heads", "multi-query"])
+@pytest.mark.parametrize("positions", [XPOS, Sloped], ids=["no bias", "bias a head"])
 @pytest.mark.gpu
-def test_the_block_equals_the_formula_on_cuda(num_kv_heads, dtype, block_size):
-    module = block(num_kv_heads=num_kv_heads, block_size=block_size).to(dtype)
+def test_the_block_equals_the_formula_on_cuda(positions, num_kv_heads, dtype, block_size):
+    module = block(num_kv_heads=num_kv_heads, block_size=block_size, positions=positions).to(dtype)
     assert_block_is_exact(module, normal(0, 2, 41, 32, dtype=dtype), device="cuda")
 
 
@@ -199,12 +232,56 @@ def test_temperature_is_exactly_off_for_queries_within_the_trained_length(traine
     assert torch.equal(module(x), off)
 
 
+@pytest.mark.slow
+def test_the_compiled_temperature_is_not_evaluated_for_every_head_and_channel(compiler_counts):
+    from torch._inductor.utils import run_and_get_code
+
+    module, x = block(temperature=Temperature(0.5, 10)), normal(0, 2, 40, 32)
+    output, code = run_and_get_code(torch.compile(module, fullgraph=True), x)
+    assert not any("log" in line for source in code for line in source.splitlines() if "xpos_zoo" not in line)
+    assert relative_error(output, module(x)) <= 100 * roundoff(torch.float32)  # sums in another order
+
+
+# A bias by distance
+
+
+@DENSE_AND_BLOCKWISE
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_soft_tail_is_off_within_the_trained_length(dtype, block_size):
+    """Up to the rounding of another kernel; set to None, to the last bit."""
+    module, x = block(block_size=block_size).to(dtype), normal(0, 2, 40, 32, dtype=dtype)
+    off = module(x)
+    module.distance_bias = SoftTail(4.0, 40)
+    assert_block_is_exact(module, x)
+    assert relative_error(module(x), off) <= 100 * roundoff(dtype)
+    module.distance_bias = SoftTail(4.0, 5)
+    assert relative_error(module(x)[:, 6:], off[:, 6:]) >= 0.01
+    module.distance_bias = None
+    assert torch.equal(module(x), off)
+
+
+def test_a_bias_may_be_a_function_a_module_or_none_in_any_order():
+    module = block()
+    learned = LearnedBias()
+    for bias in (SoftTail(1.0, 5), learned, SoftTail(2.0, 5), None, learned, None, lambda distance: -distance):
+        module.distance_bias = bias
+        assert module.distance_bias is bias
+        assert ("distance_bias.table" in module.state_dict()) == (bias is learned)
+        assert (learned.table in set(module.parameters())) == (bias is learned)
+        assert f"distance_bias={bias}" in repr(module) or bias is learned
+
+
 # State
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_a_copy_gives_the_same_numbers(copied):
-    module = block(block_size=12, positions=partial(XPOS, scale_base=16), temperature=Temperature(0.5, 5))
+    module = block(
+        block_size=12,
+        positions=partial(XPOS, scale_base=16),
+        temperature=Temperature(0.5, 5),
+        distance_bias=SoftTail(3.0, 10),
+    )
     x = normal(0, 2, 40, 32)
     assert torch.equal(copied(module)(x), module(x))
 
@@ -307,6 +384,10 @@ x = torch.zeros(2, 5, 32)
         (lambda: block(block_size=True), "or None for dense attention, got True"),
         (lambda: setattr(block(), "block_size", 0), "block_size must be above 0 and an integer, or None"),
         (lambda: setattr(block(), "temperature", 0.2), "temperature must be a Temperature or None, got 0.2"),
+        (
+            lambda: setattr(block(), "distance_bias", 0.2),
+            "distance_bias must be callable, such as a SoftTail, or None, got 0.2",
+        ),
         (
             lambda: block(positions=XPOS(8)),
             "positions must be called with head_dim to give a module",

@@ -11,17 +11,19 @@ from reference import (
     DTYPES,
     HALVES,
     Encoding,
+    LargestTensor,
+    Sloped,
     assert_attends_exactly,
+    bias_formula,
     document_ids,
     inputs,
     normal,
     visible,
     within_documents,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from xpos_zoo import XPOS, dense
+from xpos_zoo import XPOS, SoftTail, dense
+from xpos_zoo.attention import Biased
 from xpos_zoo.blockwise import blockwise_attention
 from xpos_zoo.dense import dense_attention
 
@@ -40,12 +42,17 @@ WAYS = pytest.mark.parametrize("scale_base", [64, 0.2], ids=["all blocks at once
         scale_base=st.sampled_from([None, 0.05, 0.3, 1, 8, 512]),
         base=st.sampled_from([100.0, 10000.0]),
         interleaved=st.booleans(),
+        bias=st.none(),
     ),
+    tail=st.none() | st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 30)),
 )
-def test_attention_equals_the_formula_at_any_size(n, w, heads, d, b, dtype, encoding):
+def test_attention_equals_the_formula_at_any_size(n, w, heads, d, b, dtype, encoding, tail):
     h, g = heads
     q, k, v = inputs(n, b, h, g, d, dtype)
-    actual = blockwise_attention(q, k, v, encoding.module(d), w)
+    positions = encoding.module(d)
+    if tail is not None:
+        positions, encoding = Biased(positions, tail), encoding._replace(bias=bias_formula(tail))
+    actual = blockwise_attention(q, k, v, positions, w)
     assert_attends_exactly(actual, q, k, v, visible(n, w), encoding)
 
 
@@ -109,24 +116,13 @@ def test_what_stands_more_than_a_block_before_does_not_matter_nor_how_much(dtype
     assert torch.equal(later[..., (blocks + 1) * w :, :], alone[..., w:, :])
 
 
-class LargestTensor(TorchDispatchMode):
-    """The number of entries of the largest tensor that any operation gives."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.numel = max([self.numel, *(t.numel() for t in tensors)])
-        return result
-
-
 @WAYS
-def test_no_tensor_grows_faster_than_the_sequence(scale_base):
+@pytest.mark.parametrize("positions", [XPOS, Sloped], ids=["no bias", "bias a head"])
+def test_no_tensor_grows_faster_than_the_sequence(positions, scale_base):
     def largest(blocks: int) -> int:
         q, k, v = inputs(16 * blocks, b=1)
         with LargestTensor() as seen:
-            blockwise_attention(q, k, v, XPOS(8, scale_base), 16).sum().backward()
+            blockwise_attention(q, k, v, positions(8, scale_base), 16).sum().backward()
         return seen.numel
 
     # Twice the blocks after the first are twice the entries.
@@ -180,3 +176,15 @@ def test_attention_stays_within_documents(block_size, dtype):
     ids = document_ids(50)
     actual = blockwise_attention(q, k, v, XPOS(8, 64), block_size, document_ids=ids)
     assert_attends_exactly(actual, q, k, v, within_documents(visible(50, block_size), ids), Encoding(64))
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_a_bias_a_head_is_added_to_the_logits(packed, dtype, scale_base):
+    q, k, v = inputs(50, dtype=dtype)
+    positions, mask, ids = Sloped(8, scale_base), visible(50, 16), document_ids(50) if packed else None
+    actual = blockwise_attention(q, k, v, positions, 16, document_ids=ids)
+    if ids is not None:
+        mask = within_documents(mask, ids)
+    assert_attends_exactly(actual, q, k, v, mask, Encoding(scale_base, bias=positions.distance_bias))

@@ -15,8 +15,11 @@ from reference import (
     DTYPES,
     HALVES,
     Encoding,
+    Sloped,
     assert_attends_exactly,
+    bias_formula,
     double,
+    encoding_of,
     multi_head_attention,
     normal,
     relative_error,
@@ -25,7 +28,8 @@ from reference import (
 )
 from torch import Tensor
 
-from xpos_zoo import XPOS, KeyValueCache, MultiHeadAttention, RotaryEmbedding, Temperature
+from xpos_zoo import XPOS, KeyValueCache, MultiHeadAttention, PositionModule, SoftTail, Temperature
+from xpos_zoo.attention import Biased
 from xpos_zoo.cache import cached_attention, rotate_keys
 
 splits = st.lists(st.one_of(st.just(1), st.integers(0, 5), st.integers(0, 40)), min_size=1, max_size=8)
@@ -33,7 +37,7 @@ CONTRACT = 1e-5  # relative to the full forward, in float32
 
 
 def in_pieces(
-    q: Tensor, k: Tensor, v: Tensor, positions: RotaryEmbedding, cache: KeyValueCache, sizes: list[int]
+    q: Tensor, k: Tensor, v: Tensor, positions: PositionModule, cache: KeyValueCache, sizes: list[int]
 ) -> Tensor:
     """What `cached_attention` gives for sequences that come in pieces of these sizes."""
     pieces = zip(*(t.split(sizes, dim=-2) for t in (q, k, v)), strict=True)
@@ -51,12 +55,15 @@ def in_pieces(
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     dtype=st.sampled_from(DTYPES),
     interleaved=st.booleans(),
+    tail=st.none() | st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 50)),
 )
-def test_any_pieces_attend_by_the_formula(sizes, block_size, scale_base, heads, dtype, interleaved):
+def test_any_pieces_attend_by_the_formula(sizes, block_size, scale_base, heads, dtype, interleaved, tail):
     n, (h, g) = sum(sizes), heads
     q, k, v = (normal(i, 2, count, n, 6, dtype=dtype) for i, count in enumerate((h, g, g)))
     encoding = Encoding(scale_base, interleaved=interleaved)
     positions = encoding.module(6)
+    if tail is not None:
+        positions, encoding = Biased(positions, tail), encoding._replace(bias=bias_formula(tail))
     cache = KeyValueCache(2, g, 6, positions, max_length=max(n, 1), block_size=block_size, dtype=dtype)
     actual = in_pieces(q, k, v, positions, cache, sizes)
     assert_attends_exactly(actual, q, k, v, visible(n, block_size), encoding)
@@ -64,8 +71,9 @@ def test_any_pieces_attend_by_the_formula(sizes, block_size, scale_base, heads, 
 
 @pytest.mark.parametrize("block_size", [None, 16], ids=["dense", "blockwise"])
 @pytest.mark.parametrize("num_kv_heads", [4, 1])
-def test_the_block_gives_what_one_full_forward_gives(block_size, num_kv_heads):
-    module = attention_block(block_size, num_kv_heads=num_kv_heads)
+@pytest.mark.parametrize("options", [{}, {"positions": Sloped}, {"distance_bias": SoftTail(4.0, 10)}])
+def test_the_block_gives_what_one_full_forward_gives(block_size, num_kv_heads, options):
+    module = attention_block(block_size, num_kv_heads=num_kv_heads, **options)
     x = normal(0, 2, 90, 32)
     expected = multi_head_attention(double(module), x.double())
     cache = module.make_cache(2, 90)
@@ -76,9 +84,10 @@ def test_the_block_gives_what_one_full_forward_gives(block_size, num_kv_heads):
 
 @pytest.mark.parametrize("block_size", [None, 8], ids=["dense", "blockwise"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_rows_of_different_length_go_on_as_each_would_alone(block_size, dtype):
+@pytest.mark.parametrize("options", [{}, {"positions": Sloped, "distance_bias": SoftTail(2.0, 5)}])
+def test_rows_of_different_length_go_on_as_each_would_alone(options, block_size, dtype):
     """Prompts padded on the right, then chunks of which each row takes another part, then single tokens."""
-    module = attention_block(block_size).to(dtype)
+    module = attention_block(block_size, **options).to(dtype)
     x = normal(0, 4, 70, 32, dtype=dtype)
     pieces = [(30, [30, 1, 17, 0]), (9, [2, 9, 0, 9]), *[(1, [1, 1, 1, 1])] * 12, (1, [1, 0, 1, 0]), (6, [6, 5, 1, 3])]
     cache = module.make_cache(4, 70)
@@ -266,9 +275,15 @@ def test_an_empty_piece_or_batch_stays_empty():
             assert module(torch.zeros(0, n, 32), cache=module.make_cache(0, 10)).shape == (0, n, 32)
 
 
-def attention_block(block_size: int | None = None, **options) -> MultiHeadAttention:
+def attention_block(
+    block_size: int | None = None,
+    positions: type[XPOS] = XPOS,
+    distance_bias: SoftTail | None = None,
+    **options,
+) -> MultiHeadAttention:
     torch.manual_seed(0)
-    module = MultiHeadAttention(32, 4, positions=partial(XPOS, scale_base=16), block_size=block_size, **options)
+    module = MultiHeadAttention(32, 4, positions=partial(positions, scale_base=16), block_size=block_size, **options)
+    module.distance_bias = distance_bias
     return module.requires_grad_(False)
 
 
@@ -344,8 +359,10 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block_size", [None, 16], ids=["dense", "blockwise"])
-def test_one_graph_decodes_and_two_prefill(block_size, compiler_counts):
-    module = attention_block(block_size)
+@pytest.mark.parametrize("options", [{}, {"positions": Sloped, "distance_bias": SoftTail(4.0, 10)}])
+def test_one_graph_decodes_and_two_prefill(options, block_size, compiler_counts):
+    module = attention_block(block_size, **options)
+    module.temperature = Temperature(0.5, 10) if options else None
     compiled = torch.compile(module, fullgraph=True)
     x = normal(0, 2, 900, 32)
     sizes = [*range(2, 32), *[1] * 300]
@@ -373,12 +390,14 @@ def test_a_full_cache_raises_from_a_graph_too(compiler_counts):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("block_size", [None, 16], ids=["dense", "blockwise"])
-def test_any_pieces_attend_by_the_formula_on_cuda(block_size, dtype):
+@pytest.mark.parametrize("positions", [XPOS(16, 64), Sloped(16, 64)], ids=["no bias", "bias a head"])
+def test_any_pieces_attend_by_the_formula_on_cuda(positions, block_size, dtype):
     q, k, v = (normal(i, 2, heads, 101, 16, dtype=dtype) for i, heads in enumerate((4, 2, 2)))
-    positions = XPOS(16, 64)
+    positions = copy.deepcopy(positions).cuda()
     cache = KeyValueCache(2, 2, 16, positions, max_length=101, block_size=block_size, dtype=dtype).cuda()
     actual = in_pieces(q.cuda(), k.cuda(), v.cuda(), positions, cache, [40, 1, 1, 30, 1, 28])
-    assert_attends_exactly(actual.cpu(), q, k, v, visible(101, block_size), Encoding(64))
+    encoding = encoding_of(positions, getattr(positions, "distance_bias", None))
+    assert_attends_exactly(actual.cpu(), q, k, v, visible(101, block_size), encoding)
 
 
 @pytest.mark.gpu

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from reference import normal, relative_error, roundoff
+from reference import Sloped, normal, relative_error, roundoff
 from torch import Tensor, nn
 from torch._inductor import config, metrics
 
-from xpos_zoo import XPOS, MultiHeadAttention, Transformer
+from xpos_zoo import XPOS, MultiHeadAttention, SoftTail, Temperature, Transformer, dense
 from xpos_zoo.rotary import RotaryEmbedding
 
 pytestmark = pytest.mark.slow
@@ -90,7 +90,7 @@ def graphs_of(block_size: int | None) -> int:
     return 1 if block_size is None else 2
 
 
-def attention(block_size: int | None) -> nn.Module:
+def attention(block_size: int | None) -> MultiHeadAttention:
     torch.manual_seed(0)
     positions = partial(XPOS, scale_base=16)
     return MultiHeadAttention(16, 2, num_kv_heads=1, positions=positions, block_size=block_size)
@@ -107,6 +107,22 @@ def test_attention_has_two_graphs_for_all_shapes(block_size, mode, compiler_coun
     """Dense one. Blockwise two: up to two blocks it is dense attention."""
     calls = inputs(16, LENGTHS, grad=mode in ("grad", "autocast"))
     check_graphs(attention(block_size), calls[:2], calls, compiler_counts, graphs_of(block_size), mode)
+
+
+@pytest.mark.parametrize("mode", ["grad", "autocast"])
+@pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])
+def test_a_soft_tail_and_a_temperature_add_no_graph(block_size, mode, compiler_counts):
+    module = attention(block_size)
+    module.distance_bias, module.temperature = SoftTail(3.0, 10), Temperature(0.5, 10)
+    calls = inputs(16, LENGTHS)
+    check_graphs(module, calls[:2], calls, compiler_counts, graphs_of(block_size), mode)
+
+
+def test_with_a_bias_there_is_a_graph_for_each_number_of_chunks(compiler_counts, monkeypatch):
+    monkeypatch.setattr(dense, "QUERY_CHUNK", 16)
+    module = MultiHeadAttention(32, 4, positions=partial(Sloped, scale_base=16))
+    calls = inputs(32, [30, 45, 17, 31, 32, 33, 40, 48])
+    check_graphs(module, calls[:2], calls, compiler_counts, at_most=2)
 
 
 @pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])

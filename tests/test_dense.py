@@ -11,7 +11,10 @@ from reference import (
     DTYPES,
     HALVES,
     Encoding,
+    LargestTensor,
+    Sloped,
     assert_attends_exactly,
+    bias_formula,
     document_ids,
     inputs,
     normal,
@@ -20,7 +23,8 @@ from reference import (
     within_documents,
 )
 
-from xpos_zoo import XPOS, dense
+from xpos_zoo import XPOS, SoftTail, dense
+from xpos_zoo.attention import Biased
 from xpos_zoo.dense import dense_attention
 
 
@@ -91,6 +95,70 @@ def test_a_packed_document_attends_as_it_would_alone():
     assert relative_error(packed, torch.cat(alone, -2)) <= 1e-5
 
 
+@given(
+    n=st.integers(0, 40),
+    scale_base=st.sampled_from([None, 0.3, 8, 512]),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (3, 1)]),
+    b=st.integers(0, 2),
+    dtype=st.sampled_from(DTYPES),
+    tail=st.builds(SoftTail, st.sampled_from([0.0, 0.5, 2, 8.0]), st.integers(1, 45)),
+)
+def test_a_soft_tail_is_added_to_the_logits(n, scale_base, heads, b, dtype, tail):
+    q, k, v = inputs(n, b, *heads, dtype=dtype)
+    encoding = Encoding(scale_base)
+    actual = dense_attention(q, k, v, Biased(encoding.module(8), tail))
+    assert_attends_exactly(actual, q, k, v, visible(n), encoding._replace(bias=bias_formula(tail)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize("scale_base", [64, 0.7])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_a_bias_a_head_is_added_to_the_logits(packed, scale_base, chunk, dtype, monkeypatch):
+    monkeypatch.setattr(dense, "QUERY_CHUNK", chunk)
+    q, k, v = inputs(50, dtype=dtype)
+    positions, mask, ids = Sloped(8, scale_base), visible(50), document_ids(50) if packed else None
+    actual = dense_attention(q, k, v, positions, document_ids=ids)
+    if ids is not None:
+        mask = within_documents(mask, ids)
+    assert_attends_exactly(actual, q, k, v, mask, Encoding(scale_base, bias=positions.distance_bias))
+
+
+def test_the_biases_of_a_position_module_and_another_add_up():
+    q, k, v = inputs(50)
+    positions, tail = Sloped(8, 64), SoftTail(3.0, 10)
+    actual = dense_attention(q, k, v, Biased(positions, tail))
+
+    def total(distance: torch.Tensor) -> torch.Tensor:
+        return positions.distance_bias(distance) + bias_formula(tail)(distance)
+
+    assert_attends_exactly(actual, q, k, v, visible(50), Encoding(64, bias=total))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [torch.nan, torch.inf])
+def test_a_bias_of_minus_infinity_hides_a_key_and_one_of_a_hidden_key_does_not_count(hidden, dtype):
+    def window(distance: torch.Tensor) -> torch.Tensor:
+        bias = torch.where(distance < 10, 0.0, -torch.inf)
+        return torch.where(distance < 0, hidden, bias)
+
+    q, k, v = inputs(50, dtype=dtype)
+    actual = dense_attention(q, k, v, Biased(XPOS(8, 64), window))
+    assert_attends_exactly(actual, q, k, v, visible(50) & ~visible(50).tril(-10), Encoding(64))
+
+
+def test_with_a_bias_no_tensor_grows_faster_than_the_sequence(monkeypatch):
+    monkeypatch.setattr(dense, "QUERY_CHUNK", 16)
+
+    def largest(n: int) -> int:
+        q, k, v = inputs(n, b=1)
+        with LargestTensor() as seen:
+            dense_attention(q, k, v, Sloped(8)).sum().backward()
+        return seen.numel
+
+    assert largest(512) <= 2 * largest(256)
+
+
 @pytest.mark.parametrize("scale_base", [512, 0.7], ids=["one origin", "in chunks"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("factor", [1, 30])
@@ -157,3 +225,14 @@ def test_attention_equals_the_formula_on_cuda(scale_base, dtype):
     q, k, v = inputs(101, d=16, dtype=dtype)
     actual = dense_attention(q.cuda(), k.cuda(), v.cuda(), XPOS(16, scale_base)).cpu()
     assert_attends_exactly(actual, q, k, v, visible(101), Encoding(scale_base))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("g", [4, 1], ids=["equal heads", "multi-query"])
+def test_a_bias_is_added_to_the_logits_on_cuda(g, dtype):
+    """One that halves can hold, for there it is rounded to them."""
+    q, k, v = inputs(101, g=g, d=16, dtype=dtype)
+    positions = Sloped(16, 64)
+    actual = dense_attention(q.cuda(), k.cuda(), v.cuda(), positions.cuda()).cpu()
+    assert_attends_exactly(actual, q, k, v, visible(101), Encoding(64, bias=positions.distance_bias))

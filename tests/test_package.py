@@ -16,7 +16,19 @@ import xpos_zoo
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "xpos_zoo").rglob("*.py"))
 # Whoever reads downward meets nothing that comes later.
-ORDER = ("checks", "rotary", "xpos", "bias", "dense", "blockwise", "cache", "attention", "sampling", "transformer", "__init__")
+ORDER = (
+    "checks",
+    "rotary",
+    "xpos",
+    "bias",
+    "dense",
+    "blockwise",
+    "cache",
+    "attention",
+    "sampling",
+    "transformer",
+    "__init__",
+)
 
 
 def imports(source: Path) -> set[str]:

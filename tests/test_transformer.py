@@ -24,7 +24,7 @@ from reference import (
 from torch import Tensor
 from torch.nn.functional import cross_entropy, sigmoid
 
-from xpos_zoo import XPOS, MultiHeadAttention, RotaryEmbedding, Temperature, Transformer
+from xpos_zoo import XPOS, MultiHeadAttention, RotaryEmbedding, SoftTail, Temperature, Transformer
 
 DENSE_AND_BLOCKWISE = pytest.mark.parametrize("block_size", [None, 7], ids=["dense", "blockwise"])
 
@@ -102,19 +102,30 @@ def test_logits_before_a_changed_token_are_the_same_to_the_last_bit(at, block_si
     assert (after != before)[:, at].any(-1).all()
 
 
-def test_block_size_and_temperature_reach_every_layer():
+def test_block_size_temperature_and_bias_reach_every_layer():
     transformer, words = model(), tokens(2, 20)
     dense = transformer(words)
-    transformer.block_size, transformer.temperature = 7, Temperature(0.5, 5)
-    assert (transformer.block_size, transformer.temperature) == (7, Temperature(0.5, 5))
-    assert [(a.block_size, a.temperature) for a in transformer.attentions] == 3 * [(7, Temperature(0.5, 5))]
+    settings = (7, Temperature(0.5, 5), SoftTail(2.0, 5))
+    transformer.block_size, transformer.temperature, transformer.distance_bias = settings
+    assert (transformer.block_size, transformer.temperature, transformer.distance_bias) == settings
+    assert [(a.block_size, a.temperature, a.distance_bias) for a in transformer.attentions] == 3 * [settings]
     expected, plain = logits(double(transformer), words), logits(transformer, words, plain_attention)
     # Float32 reaches the one model's numbers, and the other is far from them.
     assert difference(transformer(words), expected) <= 3 * difference(plain, expected)
     assert difference(dense, expected) >= 100 * difference(plain, expected)
 
-    transformer.block_size = transformer.temperature = None
+    transformer.block_size = transformer.temperature = transformer.distance_bias = None
     assert torch.equal(transformer(words), dense)
+
+
+def test_a_bias_that_is_a_module_belongs_to_the_layers():
+    transformer, bias = model(), torch.nn.Linear(1, 1)
+    transformer.distance_bias = bias
+    assert [a.distance_bias for a in transformer.attentions] == 3 * [bias]
+    assert "distance_bias" not in dict(transformer.named_children())
+    transformer.distance_bias = SoftTail(2.0, 5)
+    assert transformer.distance_bias == SoftTail(2.0, 5)
+    assert not any("distance_bias" in name for name in transformer.state_dict())
 
 
 def test_options_reach_every_layer():
@@ -214,6 +225,7 @@ def test_an_empty_batch_and_an_empty_sequence_stay_empty():
         (lambda: model(hidden_dim=0), "hidden_dim must be above 0 and an integer, got 0"),
         (lambda: model(block_size=0), "block_size must be above 0 and an integer, or None for dense attention, got 0"),
         (lambda: setattr(model(), "block_size", -3), "block_size must be above 0 and an integer, or None"),
+        (lambda: setattr(model(), "distance_bias", 2), "distance_bias must be callable, such as a SoftTail, or None"),
         (lambda: model(dropout=1.0), "dropout must be in [0, 1), got 1.0"),
         (
             lambda: model()(torch.zeros(2, 5)),

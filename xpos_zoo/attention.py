@@ -180,7 +180,7 @@ class MultiHeadAttention(nn.Module):
             if value is not None and not callable(value):
                 raise ValueError(f"distance_bias must be callable, such as a SoftTail, or None, got {value!r}")
             self._modules.pop(name, None)  # torch lets nothing but a module take a module's place
-        super().__setattr__(name, value)
+        super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return (
