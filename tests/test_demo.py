@@ -9,7 +9,7 @@ from tiny import CONFIGS, InterruptionError, Recorder, options, write_corpus
 
 import train.demo
 import train.extrapolate
-import train.report
+import train.measured
 from train.__main__ import main
 from train.demo import demo
 from train.extrapolate import extrapolate
@@ -46,7 +46,7 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
     monkeypatch.setattr(train.demo, "run", run)
     monkeypatch.setattr(train.demo, "extrapolate", partial(extrapolate, longest=2, windows=4, device="cpu"))
     monkeypatch.setattr(train.extrapolate, "measure", measured)
-    monkeypatch.setattr(train.report, "REPLICATES", 20)
+    monkeypatch.setattr(train.measured, "REPLICATES", 20)
     return plan
 
 
@@ -57,7 +57,7 @@ def test_a_demo_that_is_stopped_again_and_again_ends_the_same(
     demo()
     results = (tmp_path / "runs" / "extrapolation" / "report.md").read_text()
     assert small_demo["trained"] == [8, 8]
-    assert small_demo["cells"] == 6
+    assert small_demo["cells"] == 12
     (tmp_path / "runs").rename(tmp_path / "whole")
 
     small_demo.update(trained=[], cells=0)
@@ -70,7 +70,7 @@ def test_a_demo_that_is_stopped_again_and_again_ends_the_same(
     demo()
     assert (tmp_path / "runs" / "extrapolation" / "report.md").read_text() == results
     assert small_demo["trained"] == [2, 5, 5, 7, 0, 2, 0, 0, 0, 0]  # checkpoints are at steps 3 and 6
-    assert small_demo["cells"] == 6
+    assert small_demo["cells"] == 12
     assert capsys.readouterr().out.strip().endswith("the plot is runs/extrapolation/extrapolation.png")
 
 

@@ -11,19 +11,34 @@ import pytest
 import torch
 from tiny import InterruptionError, complaint_of, fit, write_corpus
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import train.extrapolate
-import train.report
+import train.measured
 from train.errors import UserError
-from train.extrapolate import Mode, Settings, choose_windows, extrapolate, find_runs, main, target_losses
+from train.extrapolate import (
+    STANDARD_MODES,
+    Mode,
+    Settings,
+    all_modes,
+    choose_windows,
+    extrapolate,
+    find_runs,
+    main,
+    measure,
+    predictor,
+    recomputed_losses,
+    target_losses,
+    token_losses,
+)
 from train.language_model import LanguageModel
 from train.text import Document
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 from xpos_zoo.attention import visible_keys
 
 L = 16
-SETTINGS = Settings(L, steps=2, longest=8, windows=3, text_sha256="", temperature=0.3, data={})
-MODES = {mode.name: mode for mode in SETTINGS.modes()}
+SETTINGS = Settings(L, steps=2, longest=8, windows=3, text_sha256="", temperature=0.3, tail=2.0, data={})
+MODES = {name: mode for name, mode in all_modes(L, 0.3).items() if name in STANDARD_MODES}
 
 
 class Bigram(nn.Module):
@@ -42,8 +57,12 @@ def random_windows(count: int = 3, length: int = 8 * L + 1) -> Tensor:
 
 
 @torch.no_grad()
-def by_hand(model: Callable[[Tensor], Tensor], window: Tensor, context: int, targets: int) -> list[float]:
+def by_hand(
+    model: Callable[[Tensor], Tensor], window: Tensor, context: int, targets: int, recompute: bool = False
+) -> list[float]:
     """Each of the last `targets` tokens, predicted on its own from the tokens that it may be predicted from."""
+    if recompute:
+        context = min(context, 2 * targets)
     losses = []
     for j in range(targets):
         at = len(window) - targets + j
@@ -65,10 +84,12 @@ def test_every_target_is_predicted_from_the_context_alone(positions: Any, mode: 
     model = LanguageModel(L, positions, embed_dim=16, num_layers=2, num_heads=2).transformer.double().eval()
     for parameter in model.parameters():
         parameter.data *= 5  # so that what attention does shows
-    MODES[mode].set_on(model)
+    predict = predictor(model, MODES[mode], L)
     windows = random_windows(2)
-    found = target_losses(model, windows, context, SETTINGS.targets)[:, -SETTINGS.targets :]
-    expected = torch.tensor([by_hand(model, window, context, SETTINGS.targets) for window in windows])
+    found = target_losses(predict, windows, context, SETTINGS.targets)[:, -SETTINGS.targets :]
+    expected = torch.tensor(
+        [by_hand(model, window, context, SETTINGS.targets, MODES[mode].recompute) for window in windows]
+    )
     # The measure takes its logits in float32: each of a logit, the sum over the vocabulary, and the loss rounds once.
     rounding = 8 * torch.finfo(torch.float32).eps * float(expected.max())
     torch.testing.assert_close(found, expected, rtol=0, atol=rounding)
@@ -76,33 +97,35 @@ def test_every_target_is_predicted_from_the_context_alone(positions: Any, mode: 
 
 @pytest.mark.parametrize("context", SETTINGS.contexts)
 def test_a_model_without_memory_has_the_same_losses_at_every_context(context: int) -> None:
-    model: Any = Bigram()
+    predict = partial(token_losses, Bigram())  # type: ignore[arg-type]
     windows = random_windows()
-    here, there = (target_losses(model, windows, c, SETTINGS.targets)[:, -SETTINGS.targets :] for c in (context, 8 * L))
+    here, there = (
+        target_losses(predict, windows, c, SETTINGS.targets)[:, -SETTINGS.targets :] for c in (context, 8 * L)
+    )
     rounding = 8 * torch.finfo(torch.float32).eps  # of a sum over the vocabulary, in another order
     torch.testing.assert_close(here, there, rtol=rounding, atol=0)
 
 
 def test_losses_do_not_depend_on_how_many_windows_go_through_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = Bigram()
+    predict = partial(token_losses, Bigram())  # type: ignore[arg-type]
     windows = random_windows(7)
-    whole = target_losses(model, windows, 4 * L, SETTINGS.targets)
+    whole = target_losses(predict, windows, 4 * L, SETTINGS.targets)
     for at_once in (1, 3 * L, 3 * (4 * L + 1)):
         monkeypatch.setattr(train.extrapolate, "TOKENS_AT_ONCE", at_once)
         rounding = 8 * torch.finfo(torch.float32).eps
-        torch.testing.assert_close(target_losses(model, windows, 4 * L, L), whole, rtol=rounding, atol=0)
+        torch.testing.assert_close(target_losses(predict, windows, 4 * L, L), whole, rtol=rounding, atol=0)
 
 
 @pytest.mark.parametrize("length", [4, 16, 128])
 def test_contexts_are_octaves_from_a_quarter_of_the_trained_length(length: int) -> None:
-    settings = Settings(length, 2, 64, 3, "", 0.2, {})
+    settings = Settings(length, 2, 64, 3, "", 0.2, 2.0, {})
     assert settings.contexts == [length // 4, length // 2, *(length * 2**k for k in range(7))]
 
 
 @pytest.mark.parametrize("length", [4, 16, 128])
 def test_blockwise_targets_see_the_same_number_of_keys_from_the_trained_length_on(length: int) -> None:
-    settings = Settings(length, 2, 64, 3, "", 0.2, {})
-    (block_size,) = [mode.block_size for mode in settings.modes() if mode.block_size]
+    settings = Settings(length, 2, 64, 3, "", 0.2, 2.0, {})
+    block_size = all_modes(length)["BCA"].block_size
     seen = [
         visible_keys(torch.arange(context), block_size)[-settings.targets :].tolist()
         for context in settings.contexts
@@ -115,17 +138,63 @@ def test_blockwise_targets_see_the_same_number_of_keys_from_the_trained_length_o
 def test_each_mode_undoes_the_one_before_it() -> None:
     model = Transformer(256, 16, 1, 2).eval()
     windows = random_windows(1)
+
+    def losses(model: Transformer, mode: Mode) -> Tensor:
+        return target_losses(predictor(model, mode, L), windows, 8 * L, L)
+
     alone = {}
     for name, mode in MODES.items():
         fresh = Transformer(256, 16, 1, 2).eval()
         fresh.load_state_dict(model.state_dict())
-        mode.set_on(fresh)
-        alone[name] = target_losses(fresh, windows, 8 * L, L)
+        alone[name] = losses(fresh, mode)
     for name in (*MODES, *reversed(MODES)):
-        MODES[name].set_on(model)
-        assert torch.equal(target_losses(model, windows, 8 * L, L), alone[name]), name
-    assert not torch.equal(alone["dense"], alone["BCA"])
-    assert not torch.equal(alone["dense"], alone["temperature"])
+        assert torch.equal(losses(model, MODES[name]), alone[name]), name
+    assert all(not torch.equal(alone["dense"], alone[name]) for name in MODES if name != "dense")
+
+
+def test_recomputed_tokens_never_have_less_than_half_nor_more_than_all_of_the_trained_length() -> None:
+    model: Any = Transformer(256, 16, 1, 2).eval()
+    windows = random_windows(2)
+    found = recomputed_losses(model, windows, L)
+    half = L // 2
+    for p in range(8 * L):
+        begin = 0 if p < L else (p - half) // half * half
+        assert p < L or half <= p - begin < L
+        expected = token_losses(model, windows[:, begin : p + 2])[:, -1]
+        rounding = 16 * torch.finfo(torch.float32).eps * float(expected.max())
+        torch.testing.assert_close(found[:, p], expected, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("name", ["NTK", "YaRN"])
+def test_angles_are_rescaled_for_each_context_from_the_trained_ones(name: str) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(L, RotaryEmbedding, embed_dim=16, num_layers=2, num_heads=2).transformer.eval()
+    for parameter in model.parameters():
+        parameter.data *= 5  # so that what attention does shows
+    windows = random_windows()
+    mode, dense = all_modes(L)[name], MODES["dense"]
+    plain = measure(model, dense, windows, SETTINGS, tqdm(disable=True))["losses"]
+    original = [attention.positions for attention in model.attentions]
+    rescaled = measure(model, mode, windows, SETTINGS, tqdm(disable=True))["losses"]
+    assert [context for context in plain if plain[context] == pytest.approx(rescaled[context], rel=1e-6)] == [
+        context for context in SETTINGS.contexts if context <= L
+    ]
+    for context in (2 * L, 8 * L):
+        assert mode.rescale is not None
+        for attention, positions in zip(model.attentions, original, strict=True):
+            attention.positions = mode.rescale(positions, context / L)
+        alone = target_losses(partial(token_losses, model), windows, context, SETTINGS.targets)
+        assert rescaled[context] == alone[:, -SETTINGS.targets :].mean(1).tolist()
+
+
+def test_the_papers_own_table_is_of_pieces_that_do_not_overlap() -> None:
+    model = Transformer(256, 16, 1, 2).eval()
+    windows = random_windows(2)
+    chunked = measure(model, MODES["BCA"], windows, SETTINGS, tqdm(disable=True))["chunked"]
+    predict = predictor(model, MODES["BCA"], L)
+    for context in SETTINGS.contexts:
+        pieces = [predict(windows[:, begin : begin + context + 1]) for begin in range(0, 8 * L, context)]
+        assert chunked[context] == pytest.approx(torch.cat(pieces, 1).mean(1).tolist(), rel=1e-5)
 
 
 def documents(*sizes: int) -> list[Document]:
@@ -164,7 +233,7 @@ def test_windows_longer_than_any_document_are_refused() -> None:
 
 @pytest.fixture(autouse=True)
 def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.report, "REPLICATES", 20)  # for speed: test_report.py tests the intervals
+    monkeypatch.setattr(train.measured, "REPLICATES", 20)  # for speed: test_report.py tests the intervals
 
 
 @pytest.fixture(scope="module")
@@ -207,16 +276,17 @@ def test_a_measurement_prints_a_table_and_writes_json_markdown_and_plots(
     printed = capsys.readouterr().out
     report = (tmp_path / "out" / "report.md").read_text()
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert len(results["cells"]) == 2 * 2 * 3
-    for label in ("dense", "dense, temperature 0.2", "BCA, blocks of 8"):
+    assert len(results["cells"]) == 2 * 2 * 6
+    for mode in all_modes(16).values():
         for encoding in ("xPos", "RoPE"):
-            row = f"| {encoding}, {label} "
-            assert row in printed
-            assert report.count(row) == 4  # nats, difference, perplexity, bits
+            row = f"| {encoding}, {mode.label} "
+            assert (row in printed) == (mode.name in STANDARD_MODES)
+            # nats, difference, perplexity, bits; and the paper's own table
+            assert report.count(row) == (mode.name in STANDARD_MODES) * 4 + (mode.name in ("dense", "BCA"))
     assert "| context " in printed
     assert "| L/4 " in printed
     assert "| 4 L " in printed
-    assert len(summary["thresholds"]) == 6
+    assert len(summary["thresholds"]) == 7
     for verdict in summary["thresholds"]:
         assert verdict in printed
         assert f"- {verdict}" in report
@@ -271,7 +341,7 @@ def test_a_measurement_up_to_the_trained_length_claims_nothing_about_longer_ones
     assert {verdict.split(": ")[0] for verdict in thresholds} == {"not measured"}
 
 
-@pytest.mark.parametrize("done", [1, 7])
+@pytest.mark.parametrize("done", [1, 15])
 def test_an_interrupted_measurement_goes_on_where_it_was_and_ends_the_same(
     done: int, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,11 +352,11 @@ def test_an_interrupted_measurement_goes_on_where_it_was_and_ends_the_same(
             measured(trained, tmp_path / "out")
     calls = calls_of_measure(monkeypatch)
     measured(trained, tmp_path / "out")
-    assert len(calls) == 12 - done
+    assert len(calls) == 24 - done
     for name in ("results.json", "summary.json", "report.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     measured(trained, tmp_path / "out")
-    assert len(calls) == 12 - done
+    assert len(calls) == 24 - done
 
 
 def test_an_interruption_at_the_keyboard_is_told_in_one_line(
@@ -308,7 +378,7 @@ def test_a_run_that_joins_later_is_all_that_is_measured(
     measured(trained, tmp_path / "out", "xpos")
     calls = calls_of_measure(monkeypatch)
     measured(trained, tmp_path / "out", "xpos", "rotary/seed1")
-    assert calls == ["dense", "temperature", "BCA"]
+    assert calls == list(STANDARD_MODES)
 
 
 def test_a_run_that_was_trained_anew_is_measured_anew(
@@ -322,8 +392,8 @@ def test_a_run_that_was_trained_anew_is_measured_anew(
     torch.save(content, checkpoint)
     calls = calls_of_measure(monkeypatch)
     second = measured(extra.parent, tmp_path / "out", "seed1")
-    assert len(calls) == 3
-    assert second["cells"][:3] == first["cells"]
+    assert len(calls) == 6
+    assert second["cells"][:6] == first["cells"]
     assert second["cells"][3]["losses"] != first["cells"][0]["losses"]
 
 
@@ -342,8 +412,12 @@ complaint = partial(complaint_of, main)
         (["{runs}", "--longest", "0"], "longest must be a power of two, got 0"),
         (["{runs}", "--longest", "1.5"], "Expected a <class 'int'>. Got value: 1.5"),
         (["{runs}", "--windows", "0"], "windows must be above 0, got 0"),
-        (["{runs}", "--temperature", "-1"], "temperature must be 0 or above, got -1.0"),
-        (["{runs}", "--temperature", ".nan"], "temperature must be 0 or above, got nan"),
+        (["{runs}", "--temperature", "-1"], "temperature must be 0 or above and finite, got -1.0"),
+        (["{runs}", "--temperature", ".nan"], "temperature must be 0 or above and finite, got nan"),
+        (["{runs}", "--tail", "-1"], "tail must be 0 or above and finite, got -1"),
+        (["{runs}", "--modes", "[dense, loose]"], "YaRN, got loose"),
+        (["{runs}", "--modes", "[]"], "modes must name one at least, got none"),
+        (["{runs}/xpos", "--modes", "[NTK]"], "modes: NTK fit none of the runs"),
         (["{runs}", "--temperature", "warm"], "Expected a <class 'float'>. Got value: warm"),
         (["{runs}", "--device", "abacus"], "device must be auto, cpu or cuda, got abacus"),
         (["{runs}", "--windws", "3"], "unrecognized arguments: --windws 3; did you mean windows?"),

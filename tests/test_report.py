@@ -13,23 +13,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from train.report import (
-    REPLICATES,
-    Measured,
-    interval,
-    logarithmic_bins,
-    plot_contexts,
-    rise_over_trained,
-    verdicts,
-    write_report,
-)
+from train.measured import REPLICATES, Measured, interval
+from train.report import logarithmic_bins, plot_contexts, rise_over_trained, write_report
+from train.thresholds import Evidence, verdicts
 
 L = 16
 CONTEXTS = [L * 2**k // 4 for k in range(9)]  # up to 64 L
 DOCUMENTS = [f"d{i}" for i in range(4)]
-MODES = {"dense": "dense", "temperature": "dense, temperature 0.2", "BCA": "BCA, blocks of 8"}
+MODES = {
+    "dense": "dense",
+    "temperature": "dense, temperature 0.2",
+    "tail": "dense, soft tail 2",
+    "BCA": "BCA, blocks of 8",
+    "recompute": "recompute the last 16",
+}
 
-CLAIMS = ["collapse", "xPos", "flat", "open", "fair", "no"]  # of the protocol's thresholds, by their first words
+# Of the protocol's thresholds, by how they begin.
+CLAIMS = [
+    "collapse",
+    "xPos dense",
+    "flat",
+    "open context, with temperature",
+    "open context, with a soft tail",
+    "fair win",
+    "no worse",
+]
 
 Rise = Callable[[float], float]  # of the context in trained lengths
 
@@ -48,12 +56,12 @@ def cell(encoding: str, mode: str, rise: Rise, seed: int = 1, level: float = 2.0
 
 
 def told(cells: list[dict[str, Any]]) -> dict[str, str]:
-    """The verdicts, by the first word of their claims."""
+    """The verdicts, by how their claims begin."""
     keys = dict.fromkeys((c["encoding"], c["mode"]) for c in cells)
     lines = {key: Measured([c for c in cells if (c["encoding"], c["mode"]) == key]) for key in keys}
-    rises = {line.name: rise_over_trained(line, DOCUMENTS, L) for line in lines.values()}
-    found = verdicts(lines, rises, DOCUMENTS, L)
-    assert [verdict.split(": ", 1)[1].split()[0].strip(",") for verdict in found] == CLAIMS
+    found = verdicts(Evidence(lines, DOCUMENTS, L))
+    assert len(found) == len(CLAIMS)
+    assert all(verdict.split(": ", 1)[1].startswith(claim) for verdict, claim in zip(found, CLAIMS, strict=True))
     return dict(zip(CLAIMS, found, strict=True))
 
 
@@ -75,31 +83,28 @@ def at(**rises: float) -> Rise:
         ("collapse", [("RoPE", "dense", at(x4=1.01))], True, "+1.010"),
         ("collapse", [("RoPE", "dense", at(x4=0.99, x8=5))], False, "+0.990"),
         ("collapse", [("RoPE", "dense", at(x4=-2))], False, "-2.000"),
-        ("xPos", [("xPos", "dense", at(x2=0.049, x4=9))], True, "+0.049"),
-        ("xPos", [("xPos", "dense", at(x2=0.051))], False, "+0.051"),
-        ("xPos", [("xPos", "dense", at(x2=-0.2))], True, "-0.200"),
-        ("flat", [("xPos", "BCA", at(x64=0.019))], True, "at most +0.0190, at 64 L"),
-        ("flat", [("xPos", "BCA", at(x2=0.021))], False, "at most +0.0210, at 2 L"),
-        ("flat", [("xPos", "BCA", lambda x: -0.01 if x > 1 else 0)], True, "at most -0.0100, at "),
+        ("xPos dense", [("xPos", "dense", at(x2=0.049, x4=9))], True, "+0.049"),
+        ("xPos dense", [("xPos", "dense", at(x2=0.051))], False, "+0.051"),
+        ("xPos dense", [("xPos", "dense", at(x2=-0.2))], True, "-0.200"),
+        ("flat", [("xPos", "BCA", at(x64=0.019))], True, "at most +0.0190 [+0.0190, +0.0190], at 64 L"),
+        ("flat", [("xPos", "BCA", at(x2=0.021))], False, "at most +0.0210 [+0.0210, +0.0210], at 2 L"),
+        ("flat", [("xPos", "BCA", lambda x: -0.01 if x > 1 else 0)], True, "at most -0.0100 [-0.0100, -0.0100], at "),
         ("flat", [("xPos", "BCA", at(**{"x0.25": 1.0, "x0.5": 1.0}))], True, "at most +0.0000"),
-        (
-            "open",
-            [("xPos", "temperature", at(x32=0.09, x64=3)), ("RoPE", "temperature", at(x32=1.1))],
-            True,
-            "xPos at most +0.090, RoPE +1.100",
+        *(
+            (claim, [("xPos", mode, xpos), ("RoPE", mode, rope)], met, figure)
+            for claim, mode in (
+                ("open context, with temperature", "temperature"),
+                ("open context, with a soft tail", "tail"),
+            )
+            for xpos, rope, met, figure in (
+                (at(x32=0.09, x64=3), at(x32=1.1), True, "xPos at most +0.090 [+0.090, +0.090], RoPE +1.100"),
+                (at(x8=0.11), at(x32=1.1), False, "xPos at most +0.110 [+0.110, +0.110], RoPE +1.100"),
+                (flat, at(x16=5, x32=0.9), False, "xPos at most +0.000 [+0.000, +0.000], RoPE +0.900"),
+            )
         ),
-        (
-            "open",
-            [("xPos", "temperature", at(x8=0.11)), ("RoPE", "temperature", at(x32=1.1))],
-            False,
-            "xPos at most +0.110, RoPE +1.100",
-        ),
-        (
-            "open",
-            [("xPos", "temperature", flat), ("RoPE", "temperature", at(x16=5, x32=0.9))],
-            False,
-            "xPos at most +0.000, RoPE +0.900",
-        ),
+        ("no worse", [("xPos", "BCA", at(x8=0.009)), ("xPos", "recompute", flat)], True, "at most +0.0090"),
+        ("no worse", [("xPos", "BCA", at(x8=0.011)), ("xPos", "recompute", flat)], False, "+0.0110], at 8 L"),
+        ("no worse", [("xPos", "BCA", at(x8=0.3)), ("xPos", "recompute", at(x8=0.3, x4=1))], True, "at most +0.0000"),
     ],
 )
 def test_a_threshold_is_met_on_its_one_side_and_missed_on_the_other(
@@ -128,10 +133,10 @@ def test_the_fair_comparison_is_reported_whichever_way_it_falls(xpos: float, rop
         for seed in (1, 2)
     ]
     for order in (cells, cells[::-1]):
-        verdict = told(order)["fair"]
+        verdict = told(order)["fair win"]
         assert verdict.startswith("reported, whichever way it falls: ")
-        assert f"xPos BCA rises more than RoPE BCA by {sign} [{sign}, {sign}] nats" in verdict
-    verdict = told(cells[:3])["fair"]
+        assert f"xPos BCA rises more than RoPE BCA by: {sign} [{sign}, {sign}] nats" in verdict
+    verdict = told(cells[:3])["fair win"]
     assert verdict.startswith("not measured: ")
     assert verdict.endswith(": the two have other seeds")
 
@@ -142,11 +147,12 @@ def test_what_is_not_in_the_matrix_is_said_to_be_not_measured(cells: list[tuple[
     assert {verdict.split(": ")[0] for verdict in found.values()} == {"not measured"}
     for claim, lacking in (
         ("collapse", "RoPE dense"),
-        ("xPos", "xPos dense"),
+        ("xPos dense", "xPos dense"),
         ("flat", "xPos BCA"),
-        ("open", "xPos temperature"),
-        ("fair", "xPos BCA"),
-        ("no", "recompute"),
+        ("open context, with temperature", "xPos temperature"),
+        ("open context, with a soft tail", "xPos tail"),
+        ("fair win", "xPos BCA"),
+        ("no worse", "xPos BCA"),
     ):
         assert found[claim].endswith(f": {lacking} is not in this matrix"), claim
 
@@ -154,14 +160,14 @@ def test_what_is_not_in_the_matrix_is_said_to_be_not_measured(cells: list[tuple[
 @pytest.mark.parametrize(
     ("longest", "expected"),
     [
-        (1, ["not measured"] * 6),
-        (2, ["not measured", "met", "not measured", "not measured", "not measured", "not measured"]),
-        (4, ["met", "met", "not measured", "not measured", "reported, whichever way it falls", "not measured"]),
-        (32, ["met", "met", "not measured", "met", "reported, whichever way it falls", "not measured"]),
-        (64, ["met", "met", "met", "met", "reported, whichever way it falls", "not measured"]),
+        (1, "-------"),
+        (2, "-+-----"),
+        (4, "++---r-"),
+        (32, "++-++r-"),
+        (64, "+++++r+"),
     ],
 )
-def test_a_threshold_is_not_judged_before_its_context_is_reached(longest: int, expected: list[str]) -> None:
+def test_a_threshold_is_not_judged_before_its_context_is_reached(longest: int, expected: str) -> None:
     cells = [
         cell(
             encoding,
@@ -174,12 +180,13 @@ def test_a_threshold_is_not_judged_before_its_context_is_reached(longest: int, e
         for encoding, mode in itertools.product(("xPos", "RoPE"), MODES)
     ]
     found = told(cells)
-    assert [verdict.split(": ")[0] for verdict in found.values()] == expected
+    told_as = {"-": "not measured", "+": "met", "r": "reported, whichever way it falls"}
+    assert [verdict.split(": ")[0] for verdict in found.values()] == [told_as[each] for each in expected]
     if longest < 32:
-        assert f": contexts end at {longest} L".replace("1 L", "L") in found["open"]
+        assert f": contexts end at {longest} L".replace("1 L", "L") in found["open context, with temperature"]
 
 
-@pytest.mark.parametrize(("claim", "mode"), [("flat", "BCA"), ("open", "temperature")])
+@pytest.mark.parametrize(("claim", "mode"), [("flat", "BCA"), ("open context, with temperature", "temperature")])
 def test_a_threshold_that_is_crossed_early_is_missed_however_far_contexts_go(claim: str, mode: str) -> None:
     cells = [cell(encoding, mode, at(x2=0.2), longest=2) for encoding in ("xPos", "RoPE")]
     assert told(cells)[claim].startswith("MISSED: ")
@@ -291,20 +298,20 @@ def test_the_report_holds_each_number_in_each_unit(tmp_path: Path, capsys: pytes
     ):
         table = table_of(report, title)
         assert table["context"] == ["L/4", "L/2", "L", "2 L", "4 L", "8 L", "16 L", "32 L", "64 L"]
-        assert len(table) == 2 + 6
+        assert len(table) == 2 + 10
         assert table["xPos, dense"][-1] == expected
     assert "seeds 1, 2, 3; trained at L = 16 for 1000 steps" in report
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert len(summary["cells"]) == 6 * len(CONTEXTS)
+    assert len(summary["cells"]) == 10 * len(CONTEXTS)
     longest = [entry["loss"] for entry in summary["cells"] if entry["context"] == 64 * L]
-    assert longest == pytest.approx([loss] * 6)
+    assert longest == pytest.approx([loss] * 10)
 
 
 def test_lines_that_coincide_are_both_seen_in_the_plot(tmp_path: Path) -> None:
     colours = []
     for encodings in (("xPos",), ("RoPE",), ("xPos", "RoPE"), ("RoPE", "xPos")):
         lines = [Measured([cell(encoding, "BCA", flat)]) for encoding in encodings]
-        plot_contexts(lines, CONTEXTS, L, tmp_path / "plot.png")
+        plot_contexts(lines, CONTEXTS, DOCUMENTS, tmp_path / "plot.png")
         picture = imread(tmp_path / "plot.png")[:, :800, :3]  # without the legend
         red, _, blue = picture.transpose(2, 0, 1)
         colours.append((int((blue > red + 0.2).sum()), int((red > blue + 0.2).sum())))

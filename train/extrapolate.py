@@ -3,12 +3,18 @@
 Every context length predicts the same targets, the last L/2 bytes of windows from held-out documents; only how much
 comes before them varies. L/2 targets are one whole block of blockwise attention, so that every phase of a block counts
 once and targets see the same number of keys at every context from L on.
+
+A mode is how a trained model attends when it is measured: dense; with one of the two options that keep the whole
+context softly (temperature, soft tail); with one of three windows (blockwise, sliding, recompute); or, for RoPE alone,
+with its angles rescaled to the context (NTK-aware, YaRN). `--modes` chooses.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,29 +25,64 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from train.baselines import SlidingWindow, ntk_scaled, yarn_scaled
 from train.checkpoint import difference, load_checkpoint
 from train.errors import UserError, parsed, told_in_one_line
 from train.files import replacing
 from train.language_model import LanguageModel
 from train.report import write_report
 from train.text import Document, TextData
-from xpos_zoo import Temperature, Transformer
+from xpos_zoo import DistanceBias, RotaryEmbedding, SoftTail, Temperature, Transformer
 
 TOKENS_AT_ONCE = 8192
-ENCODINGS = {"XPOS": "xPos", "RotaryEmbedding": "RoPE"}  # as the literature calls them
+CHUNKED_WINDOWS = 8  # of which the paper's own table is made
+ENCODINGS = {"XPOS": "xPos", "RotaryEmbedding": "RoPE", "NoPositions": "no positions"}  # as the literature calls them
+STANDARD_MODES = ("dense", "temperature", "tail", "BCA", "sliding", "recompute")
+
+
+Predict = Callable[[Tensor], Tensor]  # losses (w, n) of windows (w, n + 1)
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How a trained model attends when it is measured."""
+    """How a trained model attends when it is measured.
+
+    Attributes:
+        block_size, temperature, distance_bias: what the `Transformer` is set to.
+        recompute: whether targets are predicted from fresh windows of the trained length, half a length apart.
+        rescale: gives a rotary module with its angles rescaled for a context of so many trained lengths.
+    """
 
     name: str
     label: str
     block_size: int | None = None
     temperature: Temperature | None = None
+    distance_bias: DistanceBias | None = None
+    recompute: bool = False
+    rescale: Callable[[Any, float], RotaryEmbedding] | None = None
 
     def set_on(self, model: Transformer) -> None:
         model.block_size, model.temperature = self.block_size, self.temperature
+        model.distance_bias = self.distance_bias
+
+    def fits(self, run: "Run") -> bool:
+        """Whether the run can be measured so: angles of rotary embeddings alone can be rescaled."""
+        return self.rescale is None or run.encoding == ENCODINGS[RotaryEmbedding.__name__]
+
+
+def all_modes(length: int, temperature: float = 0.2, tail: float = 2.0) -> dict[str, Mode]:
+    """Every mode for models trained at `length`, by name."""
+    found = [
+        Mode("dense", "dense"),
+        Mode("temperature", f"dense, temperature {temperature:g}", temperature=Temperature(temperature, length)),
+        Mode("tail", f"dense, soft tail {tail:g}", distance_bias=SoftTail(tail, length)),
+        Mode("BCA", f"BCA, blocks of {length // 2}", block_size=length // 2),
+        Mode("sliding", f"sliding window of {length}", distance_bias=SlidingWindow(length)),
+        Mode("recompute", f"recompute the last {length}", recompute=True),
+        Mode("NTK", "dense, NTK-aware", rescale=ntk_scaled),
+        Mode("YaRN", "dense, YaRN", rescale=partial(yarn_scaled, trained_length=length)),
+    ]
+    return {mode.name: mode for mode in found}
 
 
 @dataclass(frozen=True)
@@ -54,6 +95,7 @@ class Settings:
     windows: int
     text_sha256: str
     temperature: float
+    tail: float
     data: dict[str, Any]
 
     @property
@@ -64,18 +106,6 @@ class Settings:
     def contexts(self) -> list[int]:
         """L/4, L/2, L, 2L, ... up to longest * L."""
         return [self.context_length * 2**k // 4 for k in range(int(math.log2(self.longest)) + 3)]
-
-    def modes(self) -> list[Mode]:
-        length = self.context_length
-        return [
-            Mode("dense", "dense"),
-            Mode(
-                "temperature",
-                f"dense, temperature {self.temperature:g}",
-                temperature=Temperature(self.temperature, length),
-            ),
-            Mode("BCA", f"BCA, blocks of {length // 2}", block_size=length // 2),
-        ]
 
 
 @dataclass(frozen=True)
@@ -189,30 +219,70 @@ def token_losses(model: Transformer, windows: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
-def target_losses(model: Transformer, windows: Tensor, context: int, targets: int) -> Tensor:
+def recomputed_losses(model: Transformer, windows: Tensor, length: int) -> Tensor:
+    """As `token_losses`, each token predicted from a fresh window of `length`: from its second half, but for the first.
+
+    Windows start half a length apart, so the tokens of windows (w, n + 1) must be a multiple of that, or fewer.
+    """
+    if windows.shape[1] <= length + 1:
+        return token_losses(model, windows)
+    pieces = windows.unfold(1, length + 1, length // 2)  # (w, j, length + 1)
+    losses = token_losses(model, pieces.flatten(0, 1)).unflatten(0, pieces.shape[:2])
+    return torch.cat((losses[:, 0], losses[:, 1:, -(length // 2) :].flatten(1)), dim=1)
+
+
+def predictor(model: Transformer, mode: Mode, length: int) -> Predict:
+    """The losses of tokens by a model trained at `length`, from now on in this mode."""
+    mode.set_on(model)
+    return partial(recomputed_losses, model, length=length) if mode.recompute else partial(token_losses, model)
+
+
+def pieced_losses(predict: Predict, windows: Tensor, context: int) -> Tensor:
+    """Losses of windows (w, n + 1) cut into pieces of `context` tokens that do not overlap: (w, n); n is a multiple."""
+    pieces = windows.unfold(1, context + 1, context)
+    return predict(pieces.flatten(0, 1)).view(len(windows), -1)
+
+
+def target_losses(predict: Predict, windows: Tensor, context: int, targets: int) -> Tensor:
     """Losses of the windows' last `targets` tokens, each predicted from at most `context` tokens before it.
 
     One forward over the last `context` tokens predicts all of those: (w, context), the targets last. If they are fewer
     than the targets, several forwards predict them side by side: (w, targets).
     """
     if context >= targets:
-        return token_losses(model, windows[:, -context - 1 :])
-    pieces = windows[:, -targets - 1 :].unfold(1, context + 1, context)
-    return token_losses(model, pieces.flatten(0, 1)).view(len(windows), targets)
+        return predict(windows[:, -context - 1 :])
+    return pieced_losses(predict, windows[:, -targets - 1 :], context)
 
 
 def measure(model: Transformer, mode: Mode, windows: Tensor, settings: Settings, progress: tqdm) -> dict[str, Any]:
-    """Mean loss of every window at every context, and mean loss at every position of the longest context."""
-    mode.set_on(model)
-    losses = {}
+    """Mean loss of every window at every context, and mean loss at every position of the longest context.
+
+    In the paper's own two modes also mean losses of pieces of text of each length, as its table has them.
+    """
+    length, rotary = settings.context_length, [attention.positions for attention in model.attentions]
+    predict = predictor(model, mode, length)
+    found: dict[str, Any] = {"losses": {}}
+    if mode.name in ("dense", "BCA"):
+        found["chunked"] = {}
+    losses = torch.empty(0)
     for context in settings.contexts:
         progress.set_postfix_str(f"context {context}")
-        losses[context] = target_losses(model, windows, context, settings.targets)
+        if mode.rescale is not None:
+            for attention, positions in zip(model.attentions, rotary, strict=True):
+                attention.positions = mode.rescale(positions, max(1.0, context / length))
+        losses = target_losses(predict, windows, context, settings.targets)
+        found["losses"][context] = losses[:, -settings.targets :].mean(1).tolist()
         progress.update(context * len(windows))
-    return {
-        "losses": {context: each[:, -settings.targets :].mean(1).tolist() for context, each in losses.items()},
-        "by_position": [round(loss, 5) for loss in losses[settings.contexts[-1]].mean(0).tolist()],
-    }
+        if "chunked" in found:
+            found["chunked"][context] = pieced_losses(predict, windows[:CHUNKED_WINDOWS], context).mean(1).tolist()
+            progress.update(settings.contexts[-1] * len(windows[:CHUNKED_WINDOWS]))
+    return found | {"by_position": [round(loss, 5) for loss in losses.mean(0).tolist()]}
+
+
+def cost(mode: Mode, windows: Tensor, settings: Settings) -> int:
+    """Tokens that `measure` reports to its progress bar."""
+    chunked = len(settings.contexts) * settings.contexts[-1] * len(windows[:CHUNKED_WINDOWS])
+    return sum(settings.contexts) * len(windows) + chunked * (mode.name in ("dense", "BCA"))
 
 
 def extrapolate(
@@ -220,7 +290,9 @@ def extrapolate(
     output: str = "runs/extrapolation",
     longest: int = 64,
     windows: int = 24,
+    modes: list[str] | None = None,
     temperature: float = 0.2,
+    tail: float = 2.0,
     device: str = "auto",
 ) -> None:
     """Measure loss against context length for the runs, print a table, and write JSON, Markdown and plots.
@@ -230,8 +302,11 @@ def extrapolate(
         output: folder for the results; a measurement that was interrupted goes on in it.
         longest: the longest context, in training lengths; a power of two.
         windows: how many windows of held-out text.
+        modes: which to measure, of dense, temperature, tail, BCA, sliding, recompute, and, for RoPE alone, NTK and
+            YaRN; by default the first six.
         temperature: coefficient c of the dense mode with temperature, in which a query that sees n > L keys is
             multiplied by 1 + c ln(n / L).
+        tail: power p of the dense mode with a soft tail, in which logits at distance m > L get -p ln(m / L) added.
         device: cpu, cuda, or auto.
 
     Raises:
@@ -241,8 +316,14 @@ def extrapolate(
         raise UserError(f"longest must be a power of two, got {longest}")
     if windows < 1:
         raise UserError(f"windows must be above 0, got {windows}")
-    if not temperature >= 0:
-        raise UserError(f"temperature must be 0 or above, got {temperature}")
+    for name, value in (("temperature", temperature), ("tail", tail)):
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name} must be 0 or above and finite, got {value}")
+    chosen = list(dict.fromkeys(STANDARD_MODES if modes is None else modes))
+    if unknown := [name for name in chosen if name not in all_modes(4)]:
+        raise UserError(f"modes must be of {', '.join(all_modes(4))}, got {', '.join(unknown)}")
+    if not chosen:
+        raise UserError("modes must name one at least, got none")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device must be auto, cpu or cuda, got {device}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -253,18 +334,26 @@ def extrapolate(
         raise UserError(f"runs: the context length must be a multiple of 4, got {length}")
     text, names = choose_windows(TextData(**data).documents("test"), longest * length + 1, windows)
     text_sha256 = hashlib.sha256(text.numpy().tobytes()).hexdigest()
-    settings = Settings(length, found[0].steps, longest, len(text), text_sha256, temperature, data)
+    settings = Settings(length, found[0].steps, longest, len(text), text_sha256, temperature, tail, data)
 
     for run in found:
         run.model(torch.device("cpu"))  # complains before anything is measured
     folder = Path(output)
-    cells = [(cell_of(run, mode), run, mode) for mode in settings.modes() for run in found]
+    available = all_modes(length, temperature, tail)
+    cells = [
+        (cell_of(run, mode), run, mode)
+        for mode in (available[name] for name in chosen)
+        for run in found
+        if mode.fits(run)
+    ]
+    if not cells:
+        raise UserError(f"modes: {', '.join(chosen)} fit none of the runs; they rescale the angles of RoPE")
     measured = earlier_cells(folder, settings)
     missing = [entry for entry in cells if key_of(entry[0]) not in measured]
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     text = text.to("cuda" if use_cuda else "cpu")
-    tokens_a_cell = sum(settings.contexts) * len(text)
-    with tqdm(total=tokens_a_cell * len(missing), unit="B", unit_scale=True, disable=not missing) as progress:
+    total = sum(cost(mode, text, settings) for _, _, mode in missing)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not missing) as progress:
         for cell, run, mode in missing:
             progress.set_description(f"{run.encoding} seed {run.seed}, {mode.label}")
             measured[key_of(cell)] = cell | measure(run.model(text.device), mode, text, settings, progress)

@@ -13,42 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from train.files import replacing
+from train.measured import Measured, in_lengths, interval
+from train.thresholds import Evidence, verdicts
 
-REPLICATES = 2000
-COLOURS = {"xPos": "#0072B2", "RoPE": "#D55E00"}  # of Okabe and Ito: told apart by all eyes
-STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]
-
-
-class Measured:
-    """Losses of an encoding in a mode: (runs, windows) at every context, and at every position of the longest."""
-
-    def __init__(self, cells: list[dict[str, Any]]):
-        cells = sorted(cells, key=lambda cell: cell["seed"])  # so that two encodings' runs pair up
-        self.encoding, self.mode = cells[0]["encoding"], cells[0]["mode"]
-        self.name = f"{self.encoding}, {cells[0]['label']}"
-        self.seeds = [cell["seed"] for cell in cells]
-        # JSON turns the contexts into strings.
-        self.losses = {
-            int(context): np.array([{int(k): v for k, v in cell["losses"].items()}[int(context)] for cell in cells])
-            for context in cells[0]["losses"]
-        }
-        self.by_position = np.array([cell["by_position"] for cell in cells]).mean(0)
-
-    def mean(self, context: int) -> float:
-        return float(self.losses[context].mean())
-
-
-def interval(differences: np.ndarray, documents: list[str]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of `differences` (runs, windows): resamples runs, then whole documents."""
-    names = sorted(set(documents))
-    member = np.array([[name == document for document in documents] for name in names], dtype=float)
-    sums, counts = differences @ member.T, member.sum(1)
-    rng = np.random.default_rng(0)
-    runs = rng.integers(len(differences), size=(REPLICATES, len(differences), 1))
-    chosen = rng.integers(len(names), size=(REPLICATES, 1, len(names)))
-    means = sums[runs, chosen].sum((1, 2)) / (len(differences) * counts[chosen].sum((1, 2)))
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
+# Of Okabe and Ito: told apart by all eyes.
+COLOURS = {"xPos": "#0072B2", "RoPE": "#D55E00", "ALiBi": "#009E73", "no positions": "#CC79A7"}
+STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1, 1, 1)), "v"), ((0, (1, 3)), "P")]
 
 
 def write_report(
@@ -59,7 +29,7 @@ def write_report(
     lines = [Measured([c for c in cells if (c["encoding"], c["mode"]) == key]) for key in keys]
     length = 4 * contexts[0]
     rises = {line.name: rise_over_trained(line, documents, length) for line in lines}
-    found = verdicts({(line.encoding, line.mode): line for line in lines}, rises, documents, length)
+    found = verdicts(Evidence({(line.encoding, line.mode): line for line in lines}, documents, length))
     seeds = sorted({seed for line in lines for seed in line.seeds})
     caption = (
         f"{len(documents)} windows of {len(set(documents))} held-out documents, "
@@ -84,6 +54,7 @@ def write_report(
         ),
         *table("Perplexity a byte", lambda line, c: f"{math.exp(line.mean(c)):.2f}"),
         *table("Bits a byte", lambda line, c: f"{line.mean(c) / math.log(2):.3f}"),
+        *chunked_table(lines, contexts, length),
         "## Thresholds",
         "",
         *(f"- {verdict}" for verdict in found),
@@ -111,7 +82,7 @@ def write_report(
     ]
     with replacing(folder / "summary.json") as draft:
         draft.write_text(json.dumps({"caption": caption, "cells": summary, "thresholds": found}, indent=1))
-    plot_contexts(lines, contexts, length, folder / "extrapolation.png")
+    plot_contexts(lines, contexts, documents, folder / "extrapolation.png")
     plot_positions(lines, length, folder / "by_position.png")
     print("\n".join(["", caption, "", *main, *found, ""]))
     print(f"{folder / 'report.md'} has all tables; the plot is {folder / 'extrapolation.png'}")
@@ -134,123 +105,46 @@ def markdown(lines: list[Measured], contexts: list[int], length: int, entry: Any
     return [row(heads), row("-" * width for width in widths), *map(row, rows)]
 
 
-def in_lengths(context: int, length: int) -> str:
-    if context >= length:
-        return f"{context // length} L" if context > length else "L"
-    return f"L/{length // context}"
+def chunked_table(lines: list[Measured], contexts: list[int], length: int) -> list[str]:
+    """The paper's own measure, for the lines that have it."""
+    chunked = [line for line in lines if line.chunked]
+    if not chunked:
+        return []
+    return [
+        "## Perplexity a byte of text cut into pieces of each length, as the paper's Table 5 has it",
+        "",
+        "Not the same targets at every length: in longer pieces fewer bytes are early ones, which have little context, "
+        "so this falls with length by itself.",
+        "",
+        *markdown(chunked, contexts, length, lambda line, c: f"{math.exp(line.chunked[c].mean()):.2f}"),
+        "",
+    ]
 
 
-def verdicts(
-    lines: dict[tuple[str, str], Measured],
-    rises: dict[str, dict[int, tuple[float, float, float]]],
-    documents: list[str],
-    length: int,
-) -> list[str]:
-    """Every threshold of the protocol: met or missed with its figure, or why it is not measured."""
-
-    def lacking(reach: int, *keys: tuple[str, str]) -> str:
-        """Why something that is asked of lines at `reach` trained lengths cannot be told; nothing if it can."""
-        for encoding, mode in keys:
-            if (encoding, mode) not in lines:
-                return f"{encoding} {mode} is not in this matrix"
-            if reach * length > (longest := max(lines[encoding, mode].losses)):
-                return f"contexts end at {in_lengths(longest, length)}"
-        return ""
-
-    def rise(encoding: str, mode: str) -> dict[int, tuple[float, float, float]]:
-        return rises[lines[encoding, mode].name]
-
-    found = []
-
-    def verdict(met: bool, claim: str, figure: str) -> None:
-        found.append(f"{'met' if met else 'MISSED'}: {claim}: {figure}")
-
-    def not_measured(claim: str, why: str) -> None:
-        found.append(f"not measured: {claim}: {why}")
-
-    claim = "collapse, RoPE dense at 4 L is at least 1 nat above L"
-    if why := lacking(4, ("RoPE", "dense")):
-        not_measured(claim, why)
-    else:
-        figure = rise("RoPE", "dense")[4 * length][0]
-        verdict(figure >= 1, claim, f"{figure:+.3f}")
-
-    claim = "xPos dense at 2 L is within 0.05 nats of L"
-    if why := lacking(2, ("xPos", "dense")):
-        not_measured(claim, why)
-    else:
-        figure = rise("xPos", "dense")[2 * length][0]
-        verdict(figure <= 0.05, claim, f"{figure:+.3f}")
-
-    claim = "flat, xPos BCA is within +0.02 nats of L up to 64 L (upper end of the interval)"
-    if why := lacking(2, ("xPos", "BCA")):
-        not_measured(claim, why)
-    else:
-        flat = rise("xPos", "BCA")
-        upper, context = max((flat[c][2], c) for c in flat if length < c <= 64 * length)
-        figure = f"at most {upper:+.4f}, at {in_lengths(context, length)}"
-        if upper <= 0.02 and (why := lacking(64, ("xPos", "BCA"))):
-            not_measured(claim, f"{why}, there {figure}")
-        else:
-            verdict(upper <= 0.02, claim, figure)
-
-    claim = "open context, with temperature xPos dense is within 0.1 nats of L up to 32 L, where RoPE is above 1 nat"
-    warm = ("xPos", "temperature"), ("RoPE", "temperature")
-    if why := lacking(2, *warm):
-        not_measured(claim, why)
-    else:
-        xpos, rope = (rise(*key) for key in warm)
-        reached = [c for c in xpos if length < c <= 32 * length]
-        worst, there = max(xpos[c][0] for c in reached), rope[max(reached)][0]
-        figure = f"xPos at most {worst:+.3f}, RoPE {there:+.3f}"
-        if worst <= 0.1 and (why := lacking(32, *warm)):
-            not_measured(claim, f"{why}, there {figure}")
-        else:
-            verdict(worst <= 0.1 and there > 1, claim, figure)
-
-    claim = "fair win, from L to 4 L xPos BCA rises more than RoPE BCA by"
-    blockwise = ("xPos", "BCA"), ("RoPE", "BCA")
-    if why := lacking(4, *blockwise):
-        not_measured(claim, why)
-    elif lines[blockwise[0]].seeds != lines[blockwise[1]].seeds:
-        not_measured(claim, "the two have other seeds")
-    else:
-        grown = [lines[key].losses[4 * length] - lines[key].losses[length] for key in blockwise]
-        difference = grown[0] - grown[1]
-        low, high = interval(difference, documents)
-        found.append(
-            f"reported, whichever way it falls: {claim} {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}] nats"
-        )
-
-    not_measured(
-        "no worse than recompute, xPos BCA is within 0.01 nats of recomputing the last L at a stride of L/2",
-        "recompute is not in this matrix",
-    )
-    return found
-
-
-def plot_contexts(lines: list[Measured], contexts: list[int], length: int, path: Path) -> None:
-    """Loss against context length, a line for each encoding and mode."""
-    figure, axes = new_plot(length, "Loss of the same bytes, by how much context comes before them")
-    for line, (colour, style, marker) in zip(lines, looks(lines), strict=True):
-        losses = [line.mean(context) for context in contexts]
-        axes.plot(contexts, losses, style, color=colour, marker=marker, label=line.name, **weight(line, 5))
-    axes.set_xlabel("context length, bytes (log scale)")
-    axes.set_xticks(contexts, [str(context) for context in contexts])
-    finish(figure, axes, path)
+def plot_contexts(lines: list[Measured], contexts: list[int], documents: list[str], path: Path) -> None:
+    """Loss against context length: a panel for each mode, a line with its 95 % interval for each encoding."""
+    length = 4 * contexts[0]
+    figure, panels = new_panels(lines, "Loss of the same bytes, by how much context comes before them", length)
+    for line in lines:
+        axes, losses = panels[line.mode], [line.mean(context) for context in contexts]
+        axes.plot(contexts, losses, marker="o", color=colour_of(line), label=line.encoding, **weight(line, 4))
+        low, high = zip(*(interval(line.losses[c], documents) for c in contexts), strict=True)
+        axes.fill_between(contexts, low, high, color=colour_of(line), alpha=0.15, linewidth=0)
+    finish_panels(figure, panels, contexts, length, "context length, in trained lengths L", path)
 
 
 def plot_positions(lines: list[Measured], length: int, path: Path) -> None:
     """Loss by position in the longest windows, in logarithmic bins, with the level just below L drawn as the floor."""
-    figure, axes = new_plot(length, "Loss by position in the longest window")
-    for line, (colour, style, marker) in zip(lines, looks(lines), strict=True):
+    figure, panels = new_panels(lines, "Loss by position in the longest window", length)
+    for line in lines:
+        axes = panels[line.mode]
         centres, losses = logarithmic_bins(line.by_position)
-        axes.plot(centres, losses, style, color=colour, marker=marker, label=line.name, **weight(line, 3))
-    dense = next((line for line in lines if (line.encoding, line.mode) == ("xPos", "dense")), lines[0])
-    floor = dense.by_position[length // 2 : length].mean()
-    axes.axhline(floor, color="0.5", linewidth=1, label=f"{dense.name}: mean over (L/2, L]")
-    axes.set_xlabel("position, bytes (log scale)")
-    finish(figure, axes, path)
+        axes.plot(centres, losses, marker="o", color=colour_of(line), label=line.encoding, **weight(line, 3))
+        floor = line.by_position[length // 2 : length].mean()
+        axes.axhline(floor, color=colour_of(line), linewidth=0.8, linestyle="--")
+    ticks = [length * 2**k for k in range(-6, 7, 2) if length * 2**k <= len(lines[0].by_position)]
+    label = "position, in trained lengths L (dashed: mean over (L/2, L])"
+    finish_panels(figure, panels, ticks, length, label, path)
 
 
 def logarithmic_bins(losses: np.ndarray, bins_per_octave: int = 2) -> tuple[list[float], list[float]]:
@@ -264,10 +158,8 @@ def logarithmic_bins(losses: np.ndarray, bins_per_octave: int = 2) -> tuple[list
     return [math.sqrt(a * (b - 1)) for a, b in pairs], [float(losses[a - 1 : b - 1].mean()) for a, b in pairs]
 
 
-def looks(lines: list[Measured]) -> list[tuple[str, str, str]]:
-    """Colour by encoding, line style and marker by mode."""
-    modes = list(dict.fromkeys(line.mode for line in lines))
-    return [(COLOURS.get(line.encoding, "#009E73"), *STYLES[modes.index(line.mode) % len(STYLES)]) for line in lines]
+def colour_of(line: Measured) -> str:
+    return COLOURS.get(line.encoding, "0.4")
 
 
 def weight(line: Measured, markersize: float) -> dict[str, Any]:
@@ -275,6 +167,42 @@ def weight(line: Measured, markersize: float) -> dict[str, Any]:
     if line.encoding == "RoPE":
         return {"linewidth": 5, "markersize": 2 * markersize, "alpha": 0.4, "zorder": 2}
     return {"linewidth": 1.5, "markersize": markersize, "alpha": 1.0, "zorder": 3}
+
+
+def new_panels(lines: list[Measured], title: str, length: int) -> tuple[Figure, dict[str, Axes]]:
+    """A figure with a panel for each mode, three a row, on common axes."""
+    titles = {line.mode: line.name.removeprefix(f"{line.encoding}, ") for line in lines}
+    columns = min(3, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(max(6.5, 3.4 * columns), 0.8 + 2.7 * rows), layout="constrained", facecolor="white")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    figure.suptitle(title)
+    panels = dict(zip(titles, grid, strict=False))
+    for mode, axes in panels.items():
+        axes.set_title(titles[mode], fontsize="medium")
+        axes.set_xscale("log", base=2)
+        axes.axvline(length, color="black", linewidth=1)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid)[len(panels) :]:
+        axes.set_visible(False)
+    return figure, panels
+
+
+def finish_panels(
+    figure: Figure, panels: dict[str, Axes], ticks: list[int], length: int, label: str, path: Path
+) -> None:
+    first = next(iter(panels.values()))
+    first.set_xticks(ticks, [in_lengths(tick, length).replace(" L", "").replace("L", "1", 1) for tick in ticks])
+    figure.supxlabel(label, fontsize="medium")
+    figure.supylabel("loss, nats a byte", fontsize="medium")
+    handles: dict[str, Any] = {}
+    for axes in panels.values():
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside right upper")
+    with replacing(path) as draft:
+        figure.savefig(draft, format="png", dpi=150)
 
 
 def new_plot(length: int, title: str) -> tuple[Figure, Axes]:
