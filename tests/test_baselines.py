@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,8 +92,10 @@ def test_a_baseline_from_a_cache_equals_the_full_forward(positions, block_size: 
 
 @pytest.mark.parametrize("heads", [2, 6])
 def test_the_language_model_tells_alibi_its_heads(heads: int) -> None:
-    model = LanguageModel(16, ALiBi, embed_dim=8 * heads, num_layers=2, num_heads=heads, num_kv_heads=2).transformer
-    assert [each.positions.num_heads for each in model.attentions] == [heads, heads]
+    options: Any = {"positions": ALiBi, "embed_dim": 8 * heads, "num_heads": heads, "num_kv_heads": 2}
+    model = LanguageModel(16, num_layers=2, **options).transformer
+    positions: Any = [attention.positions for attention in model.attentions]
+    assert [each.num_heads for each in positions] == [heads, heads]
     assert model(torch.zeros(1, 5, dtype=torch.int64)).shape == (1, 5, 256)
 
 
