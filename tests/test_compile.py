@@ -118,11 +118,13 @@ def test_a_soft_tail_and_a_temperature_add_no_graph(block_size, mode, compiler_c
     check_graphs(module, calls[:2], calls, compiler_counts, graphs_of(block_size), mode)
 
 
-def test_with_a_bias_there_is_a_graph_for_each_number_of_chunks(compiler_counts, monkeypatch):
+@pytest.mark.parametrize(
+    "positions", [partial(Sloped, scale_base=16), partial(XPOS, scale_base=0.5)], ids=["bias", "beyond the span"]
+)
+def test_in_chunks_there_is_a_graph_for_each_number_of_them(positions, compiler_counts, monkeypatch):
     monkeypatch.setattr(dense, "QUERY_CHUNK", 16)
-    module = MultiHeadAttention(32, 4, positions=partial(Sloped, scale_base=16))
-    calls = inputs(32, [30, 45, 17, 31, 32, 33, 40, 48])
-    check_graphs(module, calls[:2], calls, compiler_counts, at_most=2)
+    calls = inputs(32, [30, 45, 18, 31, 32, 35, 40, 48])
+    check_graphs(MultiHeadAttention(32, 4, positions=positions), calls[:2], calls, compiler_counts, at_most=2)
 
 
 @pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])

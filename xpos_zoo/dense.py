@@ -113,7 +113,7 @@ def attend_windows(
         k_turned: by how many of them k is rotated already.
     """
     n = q.shape[-2]
-    chunk = min(positions.max_span(q.dtype), QUERY_CHUNK)
+    chunk = len(range(min(positions.max_span(q.dtype), QUERY_CHUNK)))  # a compiler takes lengths as plain numbers
     bias = distance_bias_of(positions)
 
     def attend_chunk(start: int, end: int) -> Tensor:
@@ -133,4 +133,5 @@ def attend_windows(
 
     if n <= chunk:
         return attend_chunk(0, n)
-    return torch.cat([attend_chunk(start, min(start + chunk, n)) for start in range(0, n, chunk)], dim=-2)
+    starts = [i * chunk for i in range(-(-n // chunk))]  # in a graph this fixes their number, but not n
+    return torch.cat([attend_chunk(*ends) for ends in zip(starts, [*starts[1:], n], strict=True)], dim=-2)
