@@ -425,7 +425,7 @@ def no_text(folder: Path) -> None:
 
 
 WRONG_TEXTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "an empty folder": (lambda folder: None, "data.paths: there is no file in folder "),
+    "an empty folder": (lambda folder: None, "data.paths: there is no file in "),
     "no text": (no_text, "data.paths: no file with UTF-8 text in ["),
     "one file": (
         lambda folder: write_corpus(folder, files=1),
@@ -643,5 +643,5 @@ def test_a_process_prints_one_line_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     done = in_subprocess(["fit", *options(tmp_path)])
     assert done.returncode == 2
-    assert done.stderr == f"error: data.paths: there is no file in folder '{tmp_path / 'corpus'}'\n"
+    assert done.stderr == f"error: data.paths: there is no file in '{tmp_path / 'corpus'}'\n"
     assert done.stdout == ""

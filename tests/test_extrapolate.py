@@ -26,8 +26,8 @@ from train.extrapolate import (
     find_runs,
     main,
     measure,
+    overlapped_losses,
     predictor,
-    recomputed_losses,
     target_losses,
     token_losses,
 )
@@ -155,14 +155,26 @@ def test_each_mode_undoes_the_one_before_it() -> None:
 def test_recomputed_tokens_never_have_less_than_half_nor_more_than_all_of_the_trained_length() -> None:
     model: Any = Transformer(256, 16, 1, 2).eval()
     windows = random_windows(2)
-    found = recomputed_losses(model, windows, L)
     half = L // 2
+    found = overlapped_losses(model, windows, half)
     for p in range(8 * L):
         begin = 0 if p < L else (p - half) // half * half
         assert p < L or half <= p - begin < L
         expected = token_losses(model, windows[:, begin : p + 2])[:, -1]
         rounding = 16 * torch.finfo(torch.float32).eps * float(expected.max())
         torch.testing.assert_close(found[:, p], expected, rtol=0, atol=rounding)
+
+
+def test_a_sliding_window_is_measured_in_pieces_with_the_losses_of_the_whole() -> None:
+    torch.manual_seed(0)
+    model = Transformer(256, 16, 2, 2).double().eval()
+    for parameter in model.parameters():
+        parameter.data *= 5  # so that what attention does shows
+    windows = random_windows(2)
+    predict = predictor(model, MODES["sliding"], L)
+    whole = token_losses(model, windows)
+    rounding = 8 * torch.finfo(torch.float32).eps * float(whole.max())  # of the loss
+    torch.testing.assert_close(predict(windows), whole, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("name", ["NTK", "YaRN"])

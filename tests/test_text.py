@@ -82,6 +82,25 @@ def test_hidden_files_are_left_out_and_equal_names_are_kept_apart(tmp_path: Path
     assert text_files([str(tmp_path / "a" / "x.txt")]) == {tmp_path / "a" / "x.txt": "x.txt"}
 
 
+def test_a_pattern_chooses_files_which_are_named_from_its_first_star_on(tmp_path: Path) -> None:
+    for name in ("a/x.txt", "a/b/y.txt", "a/b/z.md", "a/.git/t.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    files = text_files([str(tmp_path / "a" / "**" / "*.txt")])
+    assert files == {tmp_path / "a" / "x.txt": "x.txt", tmp_path / "a" / "b" / "y.txt": "b/y.txt"}
+    assert list(text_files([str(tmp_path / "*" / "b" / "*.md")]).values()) == ["a/b/z.md"]
+    with pytest.raises(UserError, match=r"there is no file in '.*\*\.rst'"):
+        text_files([str(tmp_path / "*.rst")])
+
+
+@given(st.lists(st.text("ab./-", min_size=1, max_size=8), min_size=1, max_size=4))
+def test_split_by_folder_keeps_all_of_an_outermost_folder_together(parts: list[str]) -> None:
+    folder, *below = [part.replace("/", "") + "x" for part in parts]
+    name = "/".join((folder, *below))
+    assert split_of(name, 0.3, 0.3, "folder") == split_of(f"{folder}/other", 0.3, 0.3, "folder")
+    assert split_of(name, 0.3, 0.3, "folder") == split_of(folder, 0.3, 0.3, "file")
+
+
 def overlapping(tmp_path: Path) -> list[str]:
     """A folder, its subfolder, a file of that, the folder by a link, and another folder with a file of equal name."""
     write_corpus(tmp_path / "a" / "b", files=20)

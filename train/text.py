@@ -6,6 +6,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
 import numpy as np
@@ -17,6 +18,7 @@ from train.errors import UserError
 
 VOCAB_SIZE = 256  # bytes are the tokens
 SEPARATOR = b"\0"  # between documents that are joined for training: it occurs in no text
+SplitBy = Literal["file", "folder"]
 NOT_SOURCE = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -36,21 +38,25 @@ def standard_library() -> dict[Path, str]:
 
 
 def text_files(paths: list[str]) -> dict[Path, str]:
-    """The files named, and all below the folders named that are not hidden, each once, and their names.
+    """The files named, all below the folders named, and all that patterns with * match, each once, and their names.
 
-    A file that is reached in several ways has the name that it has in the outermost folder, whatever their order.
+    Hidden files are left out of folders and patterns. A name is relative to the folder, or to a pattern's part before
+    its first *; a file that is reached in several ways has the name that it has in the outermost folder, whatever
+    their order.
     """
     names: dict[Path, str] = {}
     for given in sorted(map(Path, paths), key=Path.resolve):
+        folder = next(path for path in (given, *given.parents) if "*" not in str(path))
         if given.is_file():
             found = {given: given.resolve().name}
-        elif given.is_dir():
-            below = {path: path.relative_to(given) for path in sorted(given.rglob("*")) if path.is_file()}
+        elif folder.is_dir():
+            pattern = "**/*" if folder == given else str(given.relative_to(folder))
+            below = {path: path.relative_to(folder) for path in sorted(folder.glob(pattern)) if path.is_file()}
             found = {p: name.as_posix() for p, name in below.items() if not any(n.startswith(".") for n in name.parts)}
         else:
             raise UserError(f"data.paths: there is no file or folder {str(given)!r}")
         if not found:
-            raise UserError(f"data.paths: there is no file in folder {str(given)!r}")
+            raise UserError(f"data.paths: there is no file in {str(given)!r}")
         for path, name in found.items():
             names.setdefault(path.resolve(), name)
     return names
@@ -79,8 +85,9 @@ def read_documents(paths: list[str] | None) -> list[Document]:
     return documents
 
 
-def split_of(name: str, val_fraction: float, test_fraction: float) -> str:
-    """train, val or test, from a hash of the document's name alone: no other file or random number counts."""
+def split_of(name: str, val_fraction: float, test_fraction: float, split_by: SplitBy = "file") -> str:
+    """train, val or test, from a hash of the document's name alone, or of its first part, the outermost folder."""
+    name = name if split_by == "file" else name.split("/", 1)[0]
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     if place < test_fraction:
         return "test"
@@ -121,10 +128,12 @@ class TextData(L.LightningDataModule):
 
     Args:
         context_length: training length L in tokens; a window has one more, the last target.
-        paths: text files, or folders of them; by default the source of Python's standard library.
+        paths: text files, folders of them, or patterns such as `texts/**/*.txt`; by default the source of Python's
+            standard library.
         batch_size: windows a step and device.
         val_fraction: share of the files that is held out for validation.
         test_fraction: share of the files that is held out for `test` and for the extrapolation measure.
+        split_by: what is held out as a whole: each file by itself, or all of an outermost folder, such as a package.
         max_val_windows: how many windows, evenly spread, validation and test use at most.
         num_workers: processes that load data; 0 loads in the training process.
         seed: of the random windows; `seed_everything` sets it.
@@ -140,6 +149,7 @@ class TextData(L.LightningDataModule):
         batch_size: int = 16,
         val_fraction: float = 0.05,
         test_fraction: float = 0.1,
+        split_by: SplitBy = "file",
         max_val_windows: int = 512,
         num_workers: int = 0,
         seed: int = 1,
@@ -160,7 +170,7 @@ class TextData(L.LightningDataModule):
         self.context_length = context_length
         self.paths = paths
         self.batch_size = batch_size
-        self.fractions = val_fraction, test_fraction
+        self.split = val_fraction, test_fraction, split_by
         self.max_val_windows = max_val_windows
         self.num_workers = num_workers
         self.seed = seed
@@ -175,7 +185,7 @@ class TextData(L.LightningDataModule):
         if not self._splits:
             splits: dict[str, list[Document]] = {"train": [], "val": [], "test": []}
             for document in read_documents(self.paths):
-                splits[split_of(document.name, *self.fractions)].append(document)
+                splits[split_of(document.name, *self.split)].append(document)
             self._splits = splits
         if not self._splits[split]:
             count = sum(map(len, self._splits.values()))
