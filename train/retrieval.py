@@ -1,0 +1,186 @@
+"""`python -m train.retrieval fit --config configs/retrieval/xpos.yaml`: train a language model on associative recall.
+
+A window is random fillers with couples among them: a binding, which is one token for a key and a value, and further on
+a question, a token for the key alone. What each question is to be followed by, the value's own token, is all that the
+model learns to predict. A window holds each key in one couple only. How many tokens there are from binding to question,
+both counted, is log-uniform from 2 to the context length, so that every distance in a context is trained.
+
+That keys and values share a token makes it a matter of one look back, where a key followed by its value would take two,
+one of them to the token before: a skill that a model learns late and all of a sudden, and not what is measured here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from train.__main__ import main as train
+from train.errors import UserError
+from train.language_model import IGNORED
+from train.text import VOCAB_SIZE, RandomBatches
+
+KEYS = VALUES = 12  # how many there are
+BINDINGS = range(VOCAB_SIZE - KEYS * VALUES, VOCAB_SIZE)  # tokens: of key k and value v, number k * VALUES + v
+ANSWERS = range(BINDINGS.start - VALUES, BINDINGS.start)
+QUESTIONS = range(ANSWERS.start - KEYS, ANSWERS.start)
+FILLERS = range(QUESTIONS.start)
+
+NUMBERS = 2**32  # of training windows: more than are ever drawn
+STREAMS = {"train": 0, "val": 1, "test": 2, "measure": 3}  # whose windows have no random numbers in common
+
+
+@dataclass(frozen=True)
+class Window:
+    """tokens (n,) and, of its couples (c,): where the binding and the question are, and the token that answers it."""
+
+    tokens: np.ndarray
+    bindings: np.ndarray
+    questions: np.ndarray
+    answers: np.ndarray
+
+
+def recall_window(
+    rng: np.random.Generator, length: int, couples: int, longest: int, posed: tuple[int, int] | None = None
+) -> Window:
+    """A random window with up to `couples` couples, as many as find room, each within `longest` tokens.
+
+    Args:
+        rng: what it is drawn from.
+        length: tokens.
+        couples: how many couples to place.
+        longest: the most tokens from a binding to its question, both counted; at most `length`.
+        posed: where the binding and the question of one more couple are, the first of the window's. Its key is in no
+            other couple; the others' keys recur where there are more couples than keys, as late as possible.
+    """
+    free = np.ones(length, dtype=bool)
+    placed: list[tuple[int, int]] = []
+
+    def place(binding: int, question: int) -> None:
+        free[[binding, question]] = False
+        placed.append((binding, question))
+
+    if posed:
+        place(*posed)
+    spans = np.exp(rng.uniform(math.log(2), math.log(longest + 1), couples)).astype(int).clip(2, longest)
+    for back in sorted((spans - 1).tolist(), reverse=True):  # far ones have the fewest places to go to
+        starts = np.flatnonzero(free[:-back] & free[back:])
+        if len(starts):
+            start = int(rng.choice(starts))
+            place(start, start + back)
+
+    alphabet = rng.permutation(KEYS)
+    first = [alphabet[-1]] if posed else []
+    others = alphabet[:-1] if posed else alphabet
+    in_turn = sorted(placed[len(first) :])
+    keys = np.array([*first, *(others[i % len(others)] for i in range(len(in_turn)))], dtype=int)
+    bindings, questions = np.array([*placed[: len(first)], *in_turn]).reshape(-1, 2).T
+    values = rng.integers(VALUES, size=len(keys))
+    tokens = rng.choice(FILLERS, length)
+    tokens[bindings] = BINDINGS.start + keys * VALUES + values
+    tokens[questions] = QUESTIONS.start + keys
+    return Window(tokens, bindings, questions, ANSWERS.start + values)
+
+
+class RecallWindows(Dataset[tuple[Tensor, Tensor]]):
+    """Item i is drawn from the number i alone: inputs (length,), and targets (length,), the answers to questions."""
+
+    def __init__(self, length: int, couples: int, split: str, count: int):
+        self.length, self.couples, self.split, self.count = length, couples, split, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((STREAMS[self.split], index))
+        window = recall_window(rng, self.length, self.couples, self.length)
+        targets = np.full(self.length, IGNORED)
+        targets[window.questions] = window.answers
+        return torch.from_numpy(window.tokens), torch.from_numpy(targets)
+
+
+class RecallData(L.LightningDataModule):
+    """Windows of associative recall.
+
+    Args:
+        context_length: training length L in tokens; at least 8.
+        batch_size: windows a step and device.
+        couples: how many bindings with a question a window has, if they find room; by default 8.
+        val_windows: how many windows validation and test use; the same for every seed.
+        num_workers: processes that make data; 0 makes it in the training process.
+        seed: of the training windows; `seed_everything` sets it.
+
+    Raises:
+        UserError: a size is too small, or there are more couples than keys or room.
+    """
+
+    def __init__(
+        self,
+        context_length: int,
+        batch_size: int = 32,
+        couples: int = 8,
+        val_windows: int = 256,
+        num_workers: int = 0,
+        seed: int = 1,
+    ):
+        super().__init__()
+        for name, size, least in (
+            ("context_length", context_length, 8),
+            ("batch_size", batch_size, 1),
+            ("couples", couples, 1),
+            ("val_windows", val_windows, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if size < least:
+                raise UserError(f"data.{name} must be {least} or above, got {size}")
+        most = min(KEYS - 1, context_length // 4)  # a key is left to pose; half the window is left to fillers
+        if couples > most:
+            raise UserError(f"data.couples must be at most {most} with context_length {context_length}, got {couples}")
+        self.save_hyperparameters()
+        self.context_length = context_length
+        self.batch_size = batch_size
+        self.couples = couples
+        self.val_windows = val_windows
+        self.num_workers = num_workers
+        self.seed = seed
+
+    def setup(self, stage: str) -> None:
+        """Nothing to read."""
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        per_step = trainer.accumulate_grad_batches
+        batches = RandomBatches(
+            NUMBERS,
+            self.batch_size,
+            trainer.global_step * per_step,
+            trainer.max_steps * per_step,
+            self.seed,
+            trainer.global_rank,
+        )
+        return DataLoader(self._windows("train", NUMBERS), batch_sampler=batches, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._held_out("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._held_out("test")
+
+    def _held_out(self, split: str) -> DataLoader:
+        windows = self._windows(split, self.val_windows)
+        return DataLoader(windows, batch_size=self.batch_size, num_workers=self.num_workers)
+
+    def _windows(self, split: str, count: int) -> RecallWindows:
+        return RecallWindows(self.context_length, self.couples, split, count)
+
+
+def main(args: list[str] | None = None) -> None:
+    train(args, RecallData, "python -m train.retrieval")
+
+
+if __name__ == "__main__":
+    main()

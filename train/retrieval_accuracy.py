@@ -1,0 +1,264 @@
+"""`python -m train.retrieval_accuracy runs/retrieval`: accuracy of recall by distance, for runs of `train.retrieval`.
+
+From binding to question, both counted, are D tokens, for D = L/4, L/2, L, ..., longest * L, L being the trained length.
+Before the binding are 0 to L/2 - 1 tokens, each number equally often, so that every phase of a block of L/2 counts the
+same. All other tokens are fillers and couples of other keys, as dense as in training and as far apart as there.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+from tqdm import tqdm
+
+from train.baselines import SlidingWindow
+from train.checkpoint import difference, load_checkpoint
+from train.errors import UserError, parsed, told_in_one_line
+from train.extrapolate import (
+    ENCODINGS,
+    STANDARD_MODES,
+    TOKENS_AT_ONCE,
+    Mode,
+    Run,
+    all_modes,
+    cell_of,
+    earlier_cells,
+    key_of,
+)
+from train.files import replacing
+from train.retrieval import STREAMS, recall_window
+from train.retrieval_report import write_report
+from xpos_zoo import Transformer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What two measurements must share to be compared."""
+
+    context_length: int
+    couples: int
+    steps: int
+    longest: int
+    samples: int
+    seed: int
+    temperature: float
+    tail: float
+
+    @property
+    def distances(self) -> list[int]:
+        """L/4, L/2, L, 2L, ... up to longest * L."""
+        return [self.context_length * 2**k // 4 for k in range(int(math.log2(self.longest)) + 3)]
+
+    def modes(self) -> list[Mode]:
+        known = all_modes(self.context_length, self.temperature, self.tail)
+        return [known[name] for name in STANDARD_MODES]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Windows (w, n), where the question that is posed is in each, (w,), and the token that answers it, (w,)."""
+
+    windows: Tensor
+    at: Tensor
+    answers: Tensor
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def last(self, length: int) -> "Questions":
+        """The same with no more than the last `length` tokens, the question included."""
+        first = (self.at + 1 - length).clamp(min=0)
+        kept = first[:, None] + torch.arange(min(length, self.windows.shape[1]), device=first.device)
+        return Questions(self.windows.gather(1, kept), self.at - first, self.answers)
+
+
+def ask(distance: int, run_seed: int, settings: Settings) -> Questions:
+    """Questions `distance` tokens from their bindings; the same for all encodings and modes of a run's seed."""
+    most_before = settings.context_length // 2 - 1
+    length = most_before + distance
+    others = max(1, round(settings.couples * length / settings.context_length) - 1)
+    longest = min(settings.context_length, length)
+    windows, at = [], []
+    for i in range(settings.samples):
+        rng = np.random.default_rng((STREAMS["measure"], settings.seed, run_seed, distance, i))
+        binding = i % (most_before + 1)
+        at.append(binding + distance - 1)
+        windows.append(recall_window(rng, length, others, longest, posed=(binding, at[-1])))
+    tokens, answers = (np.stack([w.tokens for w in windows]), np.array([w.answers[0] for w in windows]))
+    return Questions(torch.from_numpy(tokens), torch.tensor(at), torch.from_numpy(answers))
+
+
+@torch.inference_mode()
+def count_right(model: Any, questions: Questions) -> int:
+    """How many questions' answers the model, from tokens (w, n) to logits (w, n, vocabulary), holds for likeliest."""
+    right = 0
+    for rows in torch.arange(len(questions)).split(max(1, TOKENS_AT_ONCE // questions.windows.shape[1])):
+        logits = model(questions.windows[rows])[torch.arange(len(rows)), questions.at[rows]]
+        right += int((logits.argmax(-1) == questions.answers[rows]).sum())
+    return right
+
+
+def measure(
+    model: Transformer, mode: Mode, run_seed: int, settings: Settings, device: torch.device, progress: tqdm
+) -> dict[str, Any]:
+    """The number of right answers at every distance."""
+    mode.set_on(model)
+    right = {}
+    for distance in settings.distances:
+        progress.set_postfix_str(f"distance {distance}")
+        asked = ask(distance, run_seed, settings)
+        if mode.recompute:
+            asked = asked.last(settings.context_length)
+        asked = Questions(asked.windows.to(device), asked.at.to(device), asked.answers.to(device))
+        right[distance] = count_right(model, asked)
+        progress.update(distance * settings.samples)
+    return {"right": right}
+
+
+def find_runs(folders: list[str]) -> list[Run]:
+    """The runs in and below the folders.
+
+    Raises:
+        UserError: a folder does not exist or holds no run, a checkpoint is damaged or of another task, or the runs are
+            not comparable.
+    """
+    paths: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        checkpoints = sorted(folder.rglob("checkpoints/last.ckpt"))
+        if not checkpoints:
+            raise UserError(
+                f"runs: there is no checkpoint in {str(folder)!r}; `python -m train.retrieval fit` writes one"
+            )
+        for path in checkpoints:
+            paths.setdefault(path.resolve(), path)
+    runs = [read_run(path) for path in paths.values()]
+    for one, other in combinations(runs, 2):
+        shared, theirs = ({"data": run.data, "steps": run.steps, "model": run.recipe} for run in (one, other))
+        if one.encoding == other.encoding:
+            shared, theirs = shared | {"positions": one.positions}, theirs | {"positions": other.positions}
+        if changed := difference(shared, theirs):
+            raise UserError(f"runs: {one.folder} and {other.folder} are trained otherwise ({changed})")
+        if (one.encoding, one.seed) == (other.encoding, other.seed):
+            raise UserError(f"runs: {one.folder} and {other.folder} are both seed {one.seed} of {one.encoding}")
+    return runs
+
+
+def read_run(path: Path) -> Run:
+    content = load_checkpoint(path)
+    data, model = content["datamodule_hyper_parameters"], content["hyper_parameters"]
+    if "couples" not in data:
+        raise UserError(f"runs: {path} is of another task; `python -m train.retrieval fit` trains for this one")
+    encoding = str(model["positions"]["class_path"]).rpartition(".")[2]
+    apart = {"positions", "scale_base", "context_length", "compile", "_instantiator"}
+    return Run(
+        folder=path.parent.parent,
+        checkpoint=path,
+        encoding=ENCODINGS.get(encoding, encoding),
+        seed=data["seed"],
+        steps=content["global_step"],
+        data={name: data[name] for name in ("context_length", "couples")},
+        recipe={"batch_size": data["batch_size"]} | {k: v for k, v in model.items() if k not in apart},
+        positions={name: model[name] for name in ("positions", "scale_base")},
+    )
+
+
+def retrieval_accuracy(
+    runs: list[str],
+    output: str = "runs/retrieval/accuracy",
+    longest: int = 16,
+    samples: int = 200,
+    seed: int = 1,
+    temperature: float = 0.2,
+    tail: float = 2.0,
+    device: str = "auto",
+) -> None:
+    """Measure accuracy of recall against distance for the runs, print a table, and write JSON, Markdown and a plot.
+
+    Args:
+        runs: folders of runs, or folders that contain them; several seeds of an encoding are pooled.
+        output: folder for the results; a measurement that was interrupted goes on in it.
+        longest: the longest distance, in training lengths; a power of two.
+        samples: how many questions a distance and run.
+        seed: of the questions.
+        temperature: coefficient c of the dense mode with temperature, in which a query that sees n > L keys is
+            multiplied by 1 + c ln(n / L).
+        tail: power p of the dense mode with a soft tail, in which -p ln(m / L) is added to the logits of keys at a
+            distance m > L.
+        device: cpu, cuda, or auto.
+
+    Raises:
+        UserError: for a number out of range, a run without a checkpoint, or runs that are not comparable.
+    """
+    if longest < 1 or longest & (longest - 1):
+        raise UserError(f"longest must be a power of two, got {longest}")
+    if samples < 1:
+        raise UserError(f"samples must be above 0, got {samples}")
+    if seed < 0:
+        raise UserError(f"seed must be 0 or above, got {seed}")
+    if not temperature >= 0:
+        raise UserError(f"temperature must be 0 or above, got {temperature}")
+    if not tail >= 0:
+        raise UserError(f"tail must be 0 or above, got {tail}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device must be auto, cpu or cuda, got {device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, and there is none here; give auto or cpu")
+    found = find_runs(runs)
+    length, couples = found[0].data["context_length"], found[0].data["couples"]
+    if length % 4:
+        raise UserError(f"runs: the context length must be a multiple of 4, got {length}")
+    settings = Settings(length, couples, found[0].steps, longest, samples, seed, temperature, tail)
+    layers = [len(run.model(torch.device("cpu")).layers) for run in found]  # complains before anything is measured
+
+    folder = Path(output)
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    where = torch.device("cuda" if use_cuda else "cpu")
+    modes = settings.modes()
+    cells = [(cell_of(run, mode), run, mode) for mode in modes for run in found]
+    measured = earlier_cells(folder, cast(Any, settings))
+    missing = [entry for entry in cells if key_of(entry[0]) not in measured]
+    tokens_a_cell = sum(settings.distances) * samples
+    with tqdm(total=tokens_a_cell * len(missing), unit="tok", unit_scale=True, disable=not missing) as progress:
+        for cell, run, mode in missing:
+            progress.set_description(f"{run.encoding} seed {run.seed}, {mode.label}")
+            found_right = measure(run.model(where), mode, run.seed, settings, where, progress)
+            measured[key_of(cell)] = cell | found_right
+            results = {"settings": asdict(settings), "cells": list(measured.values())}
+            with replacing(folder / "results.json") as draft:
+                draft.write_text(json.dumps(results, indent=1))
+    reaches = {mode.name: reach(mode, layers[0], length) for mode in modes}
+    write_report([measured[key_of(cell)] for cell, _, _ in cells], reaches, settings, folder)
+
+
+def reach(mode: Mode, layers: int, length: int) -> int | None:
+    """The most tokens, a question's own included, that any path through all layers brings to it; None if unbounded.
+
+    Blockwise, a layer goes from a token's block to the start of the block before; it is farthest for a question at its
+    block's end: its own block, and one block more a layer.
+    """
+    if mode.recompute:
+        return length
+    if mode.block_size:
+        return (layers + 1) * mode.block_size
+    if isinstance(mode.distance_bias, SlidingWindow):
+        return layers * (mode.distance_bias.size - 1) + 1
+    return None
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m train.retrieval_accuracy", description=__doc__, exit_on_error=False)
+    parser.add_argument("runs", nargs="+", help="folders of runs, or folders that contain them")
+    parser.add_function_arguments(retrieval_accuracy, skip={"runs"})
+    with told_in_one_line():
+        retrieval_accuracy(**parsed(parser, args).as_dict())
+
+
+if __name__ == "__main__":
+    main()
