@@ -2,10 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo study test lint clean
 
 demo: $(VENV)/installed  ## train both encodings, evaluate them, draw the plot
 	$(BIN)/python -m train.demo
+
+study: $(VENV)/installed  ## all that docs/extrapolation.md reports: an hour and more
+	$(BIN)/python -m train.study $(STUDY)
 
 test: lint  ## linters, type checker, all tests
 	$(BIN)/python -m pytest

@@ -6,6 +6,8 @@ costs. Contenders that attend to everything stop at `--dense-limit`.
 """
 
 import argparse
+import math
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -137,7 +139,7 @@ def main() -> None:
     parser.add_argument("--seconds", default=2.0, type=float, help="time for each contender")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    first: dict[bool, float] = {}
+    grown: dict[str, list[tuple[int, float]]] = {}
     for length in options.lengths:
         for backward in (False, True):
             torch._dynamo.reset()
@@ -148,9 +150,15 @@ def main() -> None:
             times = milliseconds(calls, options.device, options.seconds)
             memory = peak_megabytes(calls["ours, blockwise"], options.device)
             bar = times.get("ours, dense", times["ours, blockwise"])
-            first.setdefault(backward, times["ours, blockwise"])
-            row = {"length": length, "direction": "forward+backward" if backward else "forward"}
-            row["blockwise, against its own first"] = times["ours, blockwise"] / first[backward]
+            direction = "forward+backward" if backward else "forward"
+            for name in ("ours, blockwise", "ours, dense"):
+                if name in times:
+                    grown.setdefault(f"{name}, {direction}, time", []).append((length, times[name]))
+            if memory:
+                grown.setdefault(f"ours, blockwise, {direction}, peak memory", []).append((length, memory))
+            row = {"length": length, "direction": direction}
+            own = grown[f"ours, blockwise, {direction}, time"]
+            row["blockwise, against its own first"] = own[-1][1] / own[0][1]
             row["blockwise / no positions"] = times["ours, blockwise"] / times["no positions, blockwise"]
             row["blockwise, peak MB"] = memory
             for name, each in times.items():
@@ -162,8 +170,22 @@ def main() -> None:
                 row |= {f"{name}, ms": each for name, each in times.items()}
             rows.append(row)
             print(row, flush=True)
-    settings = {"embed_dim": EMBED_DIM, "num_heads": HEADS, "block_size": BLOCK, "dtype": options.dtype}
+    settings: dict[str, Any] = {
+        "embed_dim": EMBED_DIM,
+        "num_heads": HEADS,
+        "block_size": BLOCK,
+        "dtype": options.dtype,
+        "grows as length to the power of": {name: exponent(points) for name, points in grown.items()},
+    }
     publish(f"attention-{options.dtype}", options.device, settings, rows)
+    for name, power in settings["grows as length to the power of"].items():
+        print(f"{name} grows as length^{power}")
+
+
+def exponent(points: list[tuple[int, float]]) -> float | None:
+    """The slope of a line through the logarithms of lengths beyond two blocks and of what was measured there."""
+    beyond = [(math.log(length), math.log(value)) for length, value in points if length > 2 * BLOCK and value > 0]
+    return round(statistics.linear_regression(*zip(*beyond, strict=True)).slope, 2) if len(beyond) > 1 else None
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def plot_contexts(lines: list[Measured], contexts: list[int], documents: list[st
         axes.plot(contexts, losses, marker="o", color=colour_of(line), label=line.encoding, **weight(line, 4))
         low, high = zip(*(interval(line.losses[c], documents) for c in contexts), strict=True)
         axes.fill_between(contexts, low, high, color=colour_of(line), alpha=0.15, linewidth=0)
-    finish_panels(figure, panels, contexts, length, "context length, in trained lengths L", path)
+    finish_panels(figure, panels, contexts, length, "context length", path)
 
 
 def plot_positions(lines: list[Measured], length: int, path: Path) -> None:
@@ -142,9 +142,9 @@ def plot_positions(lines: list[Measured], length: int, path: Path) -> None:
         axes.plot(centres, losses, marker="o", color=colour_of(line), label=line.encoding, **weight(line, 3))
         floor = line.by_position[length // 2 : length].mean()
         axes.axhline(floor, color=colour_of(line), linewidth=0.8, linestyle="--")
-    ticks = [length * 2**k for k in range(-6, 7, 2) if length * 2**k <= len(lines[0].by_position)]
-    label = "position, in trained lengths L (dashed: mean over (L/2, L])"
-    finish_panels(figure, panels, ticks, length, label, path)
+    octaves = [length // 2**k for k in (5, 3, 1)] + [length * 2**k for k in (0, 2, 4, 6)]
+    ticks = [tick for tick in octaves if 0 < tick <= len(lines[0].by_position)]
+    finish_panels(figure, panels, ticks, length, "position (dashed: mean over (L/2, L])", path)
 
 
 def logarithmic_bins(losses: np.ndarray, bins_per_octave: int = 2) -> tuple[list[float], list[float]]:
@@ -194,7 +194,7 @@ def finish_panels(
 ) -> None:
     first = next(iter(panels.values()))
     first.set_xticks(ticks, [in_lengths(tick, length).replace(" L", "").replace("L", "1", 1) for tick in ticks])
-    figure.supxlabel(label, fontsize="medium")
+    figure.supxlabel(f"{label}, in trained lengths (vertical line: L = {length} bytes)", fontsize="medium")
     figure.supylabel("loss, nats a byte", fontsize="medium")
     handles: dict[str, Any] = {}
     for axes in panels.values():
