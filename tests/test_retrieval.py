@@ -354,6 +354,13 @@ def test_wilson_intervals_are_the_published_ones(right: int, count: int, expecte
     assert wilson(right, count) == pytest.approx(expected, abs=5e-5)
 
 
+@pytest.mark.parametrize("count", [1, 8, 200, 400])
+def test_a_wilson_interval_holds_its_share_and_no_less_than_0_or_more_than_1(count: int) -> None:
+    for right in range(count + 1):
+        low, high = wilson(right, count)
+        assert 0 <= low <= right / count <= high <= 1
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 

@@ -173,7 +173,7 @@ def retrieval_accuracy(
     runs: list[str],
     output: str = "runs/retrieval/accuracy",
     longest: int = 16,
-    samples: int = 200,
+    samples: int = 128,
     seed: int = 1,
     temperature: float = 0.2,
     tail: float = 2.0,
@@ -185,7 +185,7 @@ def retrieval_accuracy(
         runs: folders of runs, or folders that contain them; several seeds of an encoding are pooled.
         output: folder for the results; a measurement that was interrupted goes on in it.
         longest: the longest distance, in training lengths; a power of two.
-        samples: how many questions a distance and run.
+        samples: how many questions a distance and run; best a multiple of L/2, so that every phase counts the same.
         seed: of the questions.
         temperature: coefficient c of the dense mode with temperature, in which a query that sees n > L keys is
             multiplied by 1 + c ln(n / L).

@@ -26,7 +26,7 @@ def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, flo
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     low, high = ((centre + sign * spread) / (1 + z * z / count) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    return max(0.0, min(low, share)), min(1.0, max(high, share))  # which rounding may push past the share
 
 
 class Recalled:
