@@ -88,14 +88,15 @@ def training(forward: Callable[..., Tensor], *inputs: Tensor) -> Call:
     return call
 
 
-def peers(makers: dict[str, Callable[[], Call]]) -> dict[str, Call]:
-    """Those contenders that can be made here; of the others a line says why not."""
+def peers(makers: dict[str, Callable[[], Call]], failure: type[Exception] = ImportError) -> dict[str, Call]:
+    """Those contenders that can be made here; of the others, whose making is a `failure`, a line says why not."""
     made = {}
     for name, make in makers.items():
         try:
             made[name] = make()
-        except ImportError as error:
-            print(f"{name}: not installed ({error})")
+        except failure as error:
+            why = "not installed" if isinstance(error, ImportError) else type(error).__name__
+            print(f"{name}: {why} ({str(error).splitlines()[0]})")
     return made
 
 

@@ -1,0 +1,148 @@
+"""`python -m benchmarks.blockwise --device cuda --dtype bfloat16`: which backend carries blockwise attention best.
+
+q, k and v are (1, 8, n, 64), blocks of 512. "ours" is `blockwise_attention`: blocks as batch rows, and a mask. The
+others differ in what attends to the windows of two blocks, whose mask is causal from the lower right corner; they take
+the first block apart. "dense" is causal attention to everything. All are compiled; a contender whose output is not ours
+to the rounding of the dtype is an error. Times are relative to ours: below 1 is faster.
+"""
+
+import argparse
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.harness import Call, milliseconds, peers, publish, training
+from xpos_zoo import XPOS
+from xpos_zoo.blockwise import blockwise_attention, fold, windows
+from xpos_zoo.dense import dense_attention
+
+HEADS, HEAD_DIM, BLOCK = 8, 64, 512
+LENGTHS = [2048, 8192, 65536]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def in_windows(attend: Attention) -> Attention:
+    """Blockwise attention by an attention of blocks (j, h, w, d) to their windows (j, h, 2 w, d)."""
+    xpos = XPOS(HEAD_DIM, BLOCK)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = dense_attention(q[..., :BLOCK, :], k[..., :BLOCK, :], v[..., :BLOCK, :], xpos)
+        at = torch.arange(-BLOCK, BLOCK, device=q.device)
+        q_blocks, k_windows = xpos.rotate(fold(q[..., BLOCK:, :], BLOCK), windows(k, BLOCK), at[BLOCK:], at)
+        rest = attend(q_blocks, k_windows, windows(v, BLOCK))
+        return torch.cat((first, rearrange(rest, "(b j) h w d -> b h (j w) d", b=len(q))), dim=-2)
+
+    return attention
+
+
+def lower_right() -> Attention:
+    from torch.nn.attention.bias import causal_lower_right
+
+    bias = causal_lower_right(BLOCK, 2 * BLOCK)  # inside a graph it cannot be made
+    return in_windows(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias))
+
+
+def varlen() -> Attention:
+    from torch.nn.attention.varlen import varlen_attn  # half precision on CUDA alone
+
+    window = "window_size" in inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if window else {"is_causal": True}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+        q, k, v = (rearrange(t, "j h w d -> (j w) h d") for t in (q, k, v))
+        attended = varlen_attn(q, k, v, starts * BLOCK, starts * 2 * BLOCK, BLOCK, 2 * BLOCK, **causal)
+        assert isinstance(attended, Tensor)
+        return rearrange(attended, "(j w) h d -> j h w d", w=BLOCK)
+
+    return in_windows(attend)
+
+
+def flex(device: str) -> Attention:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key <= query + BLOCK
+
+    mask = create_block_mask(visible, None, None, BLOCK, 2 * BLOCK, device=device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attended = flex_attention(q, k, v, block_mask=mask)
+        assert isinstance(attended, Tensor)
+        return attended
+
+    return in_windows(attend)
+
+
+def contenders(device: str, dense: bool) -> dict[str, Callable[[], Attention]]:
+    xpos = XPOS(HEAD_DIM, BLOCK)
+    zoo: dict[str, Callable[[], Attention]] = {
+        "ours": lambda: partial(blockwise_attention, positions=xpos, block_size=BLOCK),
+        "lower right": lower_right,
+    }
+    if device == "cuda":
+        zoo |= {"varlen": varlen, "flex": partial(flex, device)}
+    if dense:
+        zoo["dense"] = lambda: partial(dense_attention, positions=xpos)
+    return zoo
+
+
+def as_call(make: Callable[[], Attention], inputs: tuple[Tensor, Tensor, Tensor], expected: Tensor | None) -> Call:
+    compiled = torch.compile(make())
+    if inputs[0].requires_grad:
+        call = training(compiled, *inputs)
+        call()  # compiles, or fails
+        return call
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return compiled(*inputs)
+
+    if expected is not None:
+        # Of two roundings of the output, and of the weights that its sum is made of.
+        eps = torch.finfo(expected.dtype).eps
+        torch.testing.assert_close(forward(), expected, rtol=4 * eps, atol=4 * eps * float(inputs[2].abs().max()))
+    return forward
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.blockwise", description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--lengths", default=LENGTHS, type=int, nargs="+", help="multiples of the block")
+    parser.add_argument("--dense-limit", default=8192, type=int, help="longest length of dense attention")
+    parser.add_argument("--seconds", default=1.0, type=float, help="time for each contender")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for length in options.lengths:
+        for backward in (False, True):
+            torch._dynamo.reset()
+            shape = (1, HEADS, length, HEAD_DIM)
+            dtype = getattr(torch, options.dtype)
+            q, k, v = (torch.randn(shape, dtype=dtype, device=options.device, requires_grad=backward) for _ in range(3))
+            inputs = q, k, v
+            expected = None if backward else blockwise_attention(*inputs, XPOS(HEAD_DIM, BLOCK), BLOCK)
+            makers = contenders(options.device, length <= options.dense_limit)
+            blockwise = {
+                name: partial(as_call, make, inputs, None if name == "dense" else expected)
+                for name, make in makers.items()
+            }
+            times = milliseconds(peers(blockwise, failure=Exception), options.device, options.seconds)
+            row = {"length": length, "direction": "forward+backward" if backward else "forward"}
+            row |= {f"{name} / ours": each / times["ours"] for name, each in times.items() if name != "ours"}
+            if options.device == "cuda":
+                row |= {f"{name}, ms": each for name, each in times.items()}
+            rows.append(row)
+            print(row, flush=True)
+    settings = {"heads": HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK, "dtype": options.dtype}
+    publish(f"blockwise-{options.dtype}", options.device, settings, rows)
+
+
+if __name__ == "__main__":
+    main()
