@@ -359,8 +359,8 @@ def test_results_with_other_settings_are_left_alone(trained: Path, tmp_path: Pat
     ("args", "message"),
     [
         ([], "required: runs"),
-        (["{runs}", "--longest", "3"], "longest must be a power of two above 1, got 3"),
-        (["{runs}", "--longest", "1"], "longest must be a power of two above 1, got 1"),
+        (["{runs}", "--longest", "3"], "longest must be a power of two and 2 or above, got 3"),
+        (["{runs}", "--longest", "1"], "longest must be a power of two and 2 or above, got 1"),
         (["{runs}", "--windows", "1"], "windows must be 2 or above, got 1"),
         (["{runs}", "--temperature", "-1"], "temperature must be 0 or above and finite, got -1.0"),
         (["{runs}", "--tail", ".inf"], "tail must be 0 or above and finite, got inf"),

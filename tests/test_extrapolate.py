@@ -126,6 +126,7 @@ def test_contexts_are_octaves_from_a_quarter_of_the_trained_length(length: int) 
 def test_blockwise_targets_see_the_same_number_of_keys_from_the_trained_length_on(length: int) -> None:
     settings = Settings(length, 2, 64, 3, "", 0.2, 2.0, {})
     block_size = all_modes(length)["BCA"].block_size
+    assert block_size is not None
     seen = [
         visible_keys(torch.arange(context), block_size)[-settings.targets :].tolist()
         for context in settings.contexts
@@ -180,7 +181,8 @@ def test_a_sliding_window_is_measured_in_pieces_with_the_losses_of_the_whole() -
 @pytest.mark.parametrize("name", ["NTK", "YaRN"])
 def test_angles_are_rescaled_for_each_context_from_the_trained_ones(name: str) -> None:
     torch.manual_seed(0)
-    model = LanguageModel(L, RotaryEmbedding, embed_dim=16, num_layers=2, num_heads=2).transformer.eval()
+    positions: Any = RotaryEmbedding
+    model = LanguageModel(L, positions, embed_dim=16, num_layers=2, num_heads=2).transformer.eval()
     for parameter in model.parameters():
         parameter.data *= 5  # so that what attention does shows
     windows = random_windows()

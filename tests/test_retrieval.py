@@ -32,9 +32,10 @@ from train.retrieval import (
     main,
     recall_window,
 )
-from train.retrieval_accuracy import Questions, Settings, ask, count_right, find_runs, reach, retrieval_accuracy
+from train.retrieval_accuracy import RECALL, Questions, Settings, ask, count_right, reach, retrieval_accuracy
 from train.retrieval_accuracy import main as accuracy_main
 from train.retrieval_report import CHANCE, Recalled, statements, wilson
+from train.runs import find_runs
 from xpos_zoo import Transformer
 
 L = 16
@@ -458,7 +459,7 @@ complaint = partial(complaint_of, accuracy_main)
         (["{runs}", "--longest", "3"], "longest must be a power of two, got 3"),
         (["{runs}", "--samples", "0"], "samples must be above 0, got 0"),
         (["{runs}", "--seed", "-1"], "seed must be 0 or above, got -1"),
-        (["{runs}", "--temperature", ".nan"], "temperature must be 0 or above, got nan"),
+        (["{runs}", "--temperature", ".nan"], "temperature must be 0 or above and finite, got nan"),
         (["{runs}", "--device", "abacus"], "device must be auto, cpu or cuda, got abacus"),
         (["{runs}", "--smaples", "3"], "did you mean samples?"),
         (["nowhere"], "nowhere"),
@@ -506,9 +507,9 @@ def test_runs_that_cannot_be_compared_are_told_in_one_line(
 def test_a_run_on_text_is_told_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_corpus(tmp_path / "corpus")
     run = fit_text(tmp_path, trainer__max_steps=1)
-    assert "is of another task" in complaint([str(run)], capfd)
+    assert "has no data.couples: it is no run of `python -m train.retrieval fit`" in complaint([str(run)], capfd)
 
 
 def test_encodings_that_are_given_twice_count_once(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(trained / "xpos")
-    assert [run.seed for run in find_runs([str(trained / "xpos"), str(tmp_path / "link")])] == [1, 2]
+    assert [run.seed for run in find_runs([str(trained / "xpos"), str(tmp_path / "link")], RECALL)] == [1, 2]

@@ -114,7 +114,7 @@ def test_a_study_that_is_stopped_again_and_again_ends_the_same(
         (["--seeds", "[]"], "seeds must be different ones, one at least, got []"),
         (["--seeds", "[1, 1]"], "seeds must be different ones, one at least, got [1, 1]"),
         (["--configs", "nowhere"], "configs must be a folder with data.yaml and the configurations, got 'nowhere'"),
-        (["--seed", "1"], "unrecognized arguments: --seed 1; did you mean seeds?"),
+        (["--sedes", "1"], "unrecognized arguments: --sedes 1; did you mean seeds?"),
     ],
 )
 def test_a_wrong_argument_is_told_in_one_line(args: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,8 @@ Three measurements on held-out windows of several trained lengths:
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train import extrapolate
+from train.cells import checked_device, measure_cells
 from train.errors import UserError, parsed, told_in_one_line
-from train.extrapolate import Mode, all_modes, cell_of, choose_windows, earlier_cells, find_runs, key_of, token_losses
+from train.extrapolate import choose_windows, token_losses
 from train.files import replacing
 from train.measured import in_lengths, interval
+from train.modes import Mode, all_modes
 from train.report import COLOURS, STYLES, finish, new_plot
+from train.runs import find_runs
 from train.text import TextData
 from xpos_zoo import MultiHeadAttention, Transformer
 
@@ -236,17 +237,9 @@ def context_use(
     Raises:
         UserError: for a number out of range, a run without a checkpoint, or runs with different data.
     """
-    if longest < 2 or longest & (longest - 1):
-        raise UserError(f"longest must be a power of two above 1, got {longest}")
+    where = checked_device(device, longest, 2, temperature=temperature, tail=tail)
     if windows < 2:
         raise UserError(f"windows must be 2 or above, got {windows}")
-    for name, value in (("temperature", temperature), ("tail", tail)):
-        if not 0 <= value < math.inf:
-            raise UserError(f"{name} must be 0 or above and finite, got {value}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device must be auto, cpu or cuda, got {device}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, and there is none here; give auto or cpu")
     found = find_runs(runs)
     data, length = found[0].data, found[0].data["context_length"]
     if length % 4:
@@ -254,28 +247,20 @@ def context_use(
     text, names = choose_windows(TextData(**data).documents("test"), longest * length + 1, windows)
     text_sha256 = hashlib.sha256(text.numpy().tobytes()).hexdigest()
     settings = Settings(length, found[0].steps, longest, len(text), text_sha256, temperature, tail, data)
-    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    versions = far_versions(text.to("cuda" if use_cuda else "cpu"), names, length)
+    versions = far_versions(text.to(where), names, length)
     bins = occurrence_bins(text, settings)
-
-    for run in found:
-        run.model(torch.device("cpu"))  # complains before anything is measured
-    folder = Path(output)
-    cells = [(cell_of(run, mode), run, mode) for mode in settings.modes for run in found]
-    measured = earlier_cells(folder, settings)
-    missing = [entry for entry in cells if key_of(entry[0]) not in measured]
     text_tokens = sum(version[:, 1:].numel() for version in versions.values())
     resolution_tokens = sum(settings.contexts) * min(RESOLUTION_WINDOWS, len(text))
-    total = sum(text_tokens + resolution_tokens * (mode.name in RESOLVED) for _, _, mode in missing)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not missing) as progress:
-        for cell, run, mode in missing:
-            progress.set_description(f"{run.encoding} seed {run.seed}, {mode.label}")
-            model = run.model(versions["intact"].device)
-            measured[key_of(cell)] = cell | measure(model, mode, versions, bins, settings, progress)
-            results = {"settings": asdict(settings), "documents": names, "cells": list(measured.values())}
-            with replacing(folder / "results.json") as draft:
-                draft.write_text(json.dumps(results))
-    write_report([measured[key_of(cell)] for cell, _, _ in cells], names, bins, settings, folder)
+    cells = measure_cells(
+        found,
+        settings.modes,
+        settings,
+        Path(output),
+        lambda run, mode, progress: measure(run.model(where), mode, versions, bins, settings, progress),
+        lambda mode: text_tokens + resolution_tokens * (mode.name in RESOLVED),
+        documents=names,
+    )
+    write_report(cells, names, bins, settings, Path(output))
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class LanguageModel(L.LightningModule):
     def __init__(
         self,
         context_length: int,
-        positions: Positions = XPOS,
+        positions: Positions = XPOS,  # type: ignore[assignment]  # it takes what it has of those parameters
         scale_base: float | None = None,
         embed_dim: int = 128,
         num_layers: int = 4,

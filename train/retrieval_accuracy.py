@@ -5,12 +5,10 @@ Before the binding are 0 to L/2 - 1 tokens, each number equally often, so that e
 same. All other tokens are fillers and couples of other keys, as dense as in training and as far apart as there.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass
-from itertools import combinations
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,23 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.baselines import SlidingWindow
-from train.checkpoint import difference, load_checkpoint
+from train.cells import checked_device, measure_cells
 from train.errors import UserError, parsed, told_in_one_line
-from train.extrapolate import (
-    ENCODINGS,
-    STANDARD_MODES,
-    TOKENS_AT_ONCE,
-    Mode,
-    Run,
-    all_modes,
-    cell_of,
-    earlier_cells,
-    key_of,
-)
-from train.files import replacing
+from train.extrapolate import TOKENS_AT_ONCE
+from train.modes import STANDARD_MODES, Mode, all_modes
 from train.retrieval import STREAMS, recall_window
 from train.retrieval_report import write_report
+from train.runs import Task, find_runs
 from xpos_zoo import Transformer
+
+RECALL = Task("python -m train.retrieval fit", ("context_length", "couples"))
 
 
 @dataclass(frozen=True)
@@ -122,53 +113,6 @@ def measure(
     return {"right": right}
 
 
-def find_runs(folders: list[str]) -> list[Run]:
-    """The runs in and below the folders.
-
-    Raises:
-        UserError: a folder does not exist or holds no run, a checkpoint is damaged or of another task, or the runs are
-            not comparable.
-    """
-    paths: dict[Path, Path] = {}
-    for folder in map(Path, folders):
-        checkpoints = sorted(folder.rglob("checkpoints/last.ckpt"))
-        if not checkpoints:
-            raise UserError(
-                f"runs: there is no checkpoint in {str(folder)!r}; `python -m train.retrieval fit` writes one"
-            )
-        for path in checkpoints:
-            paths.setdefault(path.resolve(), path)
-    runs = [read_run(path) for path in paths.values()]
-    for one, other in combinations(runs, 2):
-        shared, theirs = ({"data": run.data, "steps": run.steps, "model": run.recipe} for run in (one, other))
-        if one.encoding == other.encoding:
-            shared, theirs = shared | {"positions": one.positions}, theirs | {"positions": other.positions}
-        if changed := difference(shared, theirs):
-            raise UserError(f"runs: {one.folder} and {other.folder} are trained otherwise ({changed})")
-        if (one.encoding, one.seed) == (other.encoding, other.seed):
-            raise UserError(f"runs: {one.folder} and {other.folder} are both seed {one.seed} of {one.encoding}")
-    return runs
-
-
-def read_run(path: Path) -> Run:
-    content = load_checkpoint(path)
-    data, model = content["datamodule_hyper_parameters"], content["hyper_parameters"]
-    if "couples" not in data:
-        raise UserError(f"runs: {path} is of another task; `python -m train.retrieval fit` trains for this one")
-    encoding = str(model["positions"]["class_path"]).rpartition(".")[2]
-    apart = {"positions", "scale_base", "context_length", "compile", "_instantiator"}
-    return Run(
-        folder=path.parent.parent,
-        checkpoint=path,
-        encoding=ENCODINGS.get(encoding, encoding),
-        seed=data["seed"],
-        steps=content["global_step"],
-        data={name: data[name] for name in ("context_length", "couples")},
-        recipe={"batch_size": data["batch_size"]} | {k: v for k, v in model.items() if k not in apart},
-        positions={name: model[name] for name in ("positions", "scale_base")},
-    )
-
-
 def retrieval_accuracy(
     runs: list[str],
     output: str = "runs/retrieval/accuracy",
@@ -196,45 +140,27 @@ def retrieval_accuracy(
     Raises:
         UserError: for a number out of range, a run without a checkpoint, or runs that are not comparable.
     """
-    if longest < 1 or longest & (longest - 1):
-        raise UserError(f"longest must be a power of two, got {longest}")
+    where = checked_device(device, longest, 1, temperature=temperature, tail=tail)
     if samples < 1:
         raise UserError(f"samples must be above 0, got {samples}")
     if seed < 0:
         raise UserError(f"seed must be 0 or above, got {seed}")
-    if not temperature >= 0:
-        raise UserError(f"temperature must be 0 or above, got {temperature}")
-    if not tail >= 0:
-        raise UserError(f"tail must be 0 or above, got {tail}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device must be auto, cpu or cuda, got {device}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, and there is none here; give auto or cpu")
-    found = find_runs(runs)
+    found = find_runs(runs, RECALL)
     length, couples = found[0].data["context_length"], found[0].data["couples"]
     if length % 4:
         raise UserError(f"runs: the context length must be a multiple of 4, got {length}")
     settings = Settings(length, couples, found[0].steps, longest, samples, seed, temperature, tail)
-    layers = [len(run.model(torch.device("cpu")).layers) for run in found]  # complains before anything is measured
-
-    folder = Path(output)
-    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    where = torch.device("cuda" if use_cuda else "cpu")
     modes = settings.modes()
-    cells = [(cell_of(run, mode), run, mode) for mode in modes for run in found]
-    measured = earlier_cells(folder, cast(Any, settings))
-    missing = [entry for entry in cells if key_of(entry[0]) not in measured]
-    tokens_a_cell = sum(settings.distances) * samples
-    with tqdm(total=tokens_a_cell * len(missing), unit="tok", unit_scale=True, disable=not missing) as progress:
-        for cell, run, mode in missing:
-            progress.set_description(f"{run.encoding} seed {run.seed}, {mode.label}")
-            found_right = measure(run.model(where), mode, run.seed, settings, where, progress)
-            measured[key_of(cell)] = cell | found_right
-            results = {"settings": asdict(settings), "cells": list(measured.values())}
-            with replacing(folder / "results.json") as draft:
-                draft.write_text(json.dumps(results, indent=1))
-    reaches = {mode.name: reach(mode, layers[0], length) for mode in modes}
-    write_report([measured[key_of(cell)] for cell, _, _ in cells], reaches, settings, folder)
+    cells = measure_cells(
+        found,
+        modes,
+        settings,
+        Path(output),
+        lambda run, mode, progress: measure(run.model(where), mode, run.seed, settings, where, progress),
+        lambda _: sum(settings.distances) * samples,
+    )
+    reaches = {mode.name: reach(mode, found[0].recipe["num_layers"], length) for mode in modes}
+    write_report(cells, reaches, settings, Path(output))
 
 
 def reach(mode: Mode, layers: int, length: int) -> int | None:

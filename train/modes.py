@@ -1,0 +1,57 @@
+"""How a trained model attends when it is measured.
+
+Dense; with one of the two options that keep the whole context softly (temperature, soft tail); with one of three
+windows (blockwise, sliding, recompute); or, for RoPE alone, with its angles rescaled to the context (NTK-aware, YaRN).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from train.baselines import SlidingWindow, ntk_scaled, yarn_scaled
+from xpos_zoo import DistanceBias, RotaryEmbedding, SoftTail, Temperature, Transformer
+
+STANDARD_MODES = ("dense", "temperature", "tail", "BCA", "sliding", "recompute")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a trained model attends when it is measured.
+
+    Attributes:
+        block_size, temperature, distance_bias: what the `Transformer` is set to.
+        recompute: whether targets are predicted from fresh windows of the trained length, half a length apart.
+        rescale: gives a rotary module with its angles rescaled for a context of so many trained lengths.
+    """
+
+    name: str
+    label: str
+    block_size: int | None = None
+    temperature: Temperature | None = None
+    distance_bias: DistanceBias | None = None
+    recompute: bool = False
+    rescale: Callable[[Any, float], RotaryEmbedding] | None = None
+
+    def set_on(self, model: Transformer) -> None:
+        model.block_size, model.temperature = self.block_size, self.temperature
+        model.distance_bias = self.distance_bias
+
+    def fits(self, encoding: str) -> bool:
+        """Whether models of this encoding can be measured so: angles of rotary embeddings alone can be rescaled."""
+        return self.rescale is None or encoding == "RoPE"
+
+
+def all_modes(length: int, temperature: float = 0.2, tail: float = 2.0) -> dict[str, Mode]:
+    """Every mode for models trained at `length`, by name."""
+    found = [
+        Mode("dense", "dense"),
+        Mode("temperature", f"dense, temperature {temperature:g}", temperature=Temperature(temperature, length)),
+        Mode("tail", f"dense, soft tail {tail:g}", distance_bias=SoftTail(tail, length)),
+        Mode("BCA", f"BCA, blocks of {length // 2}", block_size=length // 2),
+        Mode("sliding", f"sliding window of {length}", distance_bias=SlidingWindow(length)),
+        Mode("recompute", f"recompute the last {length}", recompute=True),
+        Mode("NTK", "dense, NTK-aware", rescale=ntk_scaled),
+        Mode("YaRN", "dense, YaRN", rescale=partial(yarn_scaled, trained_length=length)),
+    ]
+    return {mode.name: mode for mode in found}
