@@ -2,7 +2,7 @@
 
 Batch 1, 512 features, 8 heads; blocks of 512. All are compiled where they compile; all times are relative to ours of
 the same row: above 1 is slower than ours. "no positions" is our own block without rotating, the bar for what rotating
-costs. Contenders that attend to everything stop at `--dense-limit`.
+costs. Contenders that attend to everything stop at `--dense-limit`; 0 leaves blockwise attention alone.
 """
 
 import argparse
@@ -177,7 +177,8 @@ def main() -> None:
         "dtype": options.dtype,
         "grows as length to the power of": {name: exponent(points) for name, points in grown.items()},
     }
-    publish(f"attention-{options.dtype}", options.device, settings, rows)
+    what = "attention" if options.dense_limit >= min(options.lengths) else "attention-blockwise"
+    publish(f"{what}-{options.dtype}", options.device, settings, rows)
     for name, power in settings["grows as length to the power of"].items():
         print(f"{name} grows as length^{power}")
 
