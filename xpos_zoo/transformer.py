@@ -3,9 +3,11 @@
 Axes: b batch, n sequence.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,16 @@ from xpos_zoo.bias import DistanceBias
 from xpos_zoo.cache import KeyValueCache
 from xpos_zoo.checks import require_integers, require_sizes
 from xpos_zoo.dense import PositionModule
+from xpos_zoo.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    describe,
+    described,
+    own_weights,
+    read_config,
+    read_weights,
+    write_folder,
+)
 from xpos_zoo.sampling import check_sampling, sample
 from xpos_zoo.xpos import XPOS
 
@@ -166,6 +178,80 @@ class Transformer(nn.Module):
             object.__setattr__(self, name, value)  # a bias that is a module belongs to the layers, too
         else:
             super().__setattr__(name, value)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All that `from_pretrained` needs to make this model again but for its weights, as plain values.
+
+        Raises:
+            ValueError: the library does not know the position module or the distance bias, or layers differ.
+        """
+        of_layers = [
+            {
+                "num_heads": attention.num_heads,
+                "num_kv_heads": attention.num_kv_heads,
+                "head_dim": attention.head_dim,
+                "block_size": attention.block_size,
+                "dropout": attention.dropout,
+                "positions": describe("positions", attention.positions),
+                "temperature": describe("temperature", attention.temperature),
+                "distance_bias": describe("distance_bias", attention.distance_bias),
+            }
+            for attention in self.attentions
+        ]
+        for name, value in of_layers[0].items():
+            if others := [layer[name] for layer in of_layers if layer[name] != value]:
+                raise ValueError(f"{name} must be the same in all layers to be saved, got {value} and {others[0]}")
+        return {
+            "vocab_size": self.vocab_size,
+            "embed_dim": self.embedding.embedding_dim,
+            "num_layers": len(self.layers),
+            "hidden_dim": self.layers[0].feed_forward.gate_proj.out_features,  # type: ignore[union-attr]
+            "tie_embeddings": self.head.weight is self.embedding.weight,
+            **of_layers[0],
+        }
+
+    def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the model to the folder `path`: `config.json` and `model.safetensors`, which hold no code.
+
+        Needs safetensors. Weights keep their dtype; tied ones are stored once.
+
+        Raises:
+            ValueError: a model is there and overwrite is False, or as for `config`, or safetensors is not installed.
+        """
+        write_folder(path, self.config, own_weights(self), overwrite)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Self:
+        """The model that `save_pretrained` wrote to the folder `path`, in evaluation mode and in its dtype.
+
+        Needs safetensors. Position modules are made by name, from those that this library has: no file can import.
+
+        Raises:
+            ValueError: a file is missing, damaged or does not fit the other, or safetensors is not installed.
+        """
+        with torch.device("meta"):
+            reference = cls(vocab_size=2, embed_dim=2, num_layers=1, num_heads=1)
+        config = read_config(path, set(reference.config))
+        try:
+            settings = {name: config.pop(name) for name in ("temperature", "distance_bias")}
+            make, options = described("positions", config.pop("positions"))
+            with torch.device("meta"):
+                model = cls(**config, positions=partial(make, **options))
+            for name, description in settings.items():
+                if description is not None:
+                    make, options = described(name, description)
+                    setattr(model, name, make(**options))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{Path(path) / CONFIG}: {error}") from error
+        weights = read_weights(path, model, device)
+        try:
+            model.load_state_dict(weights, strict=False, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{Path(path) / WEIGHTS}: {' '.join(str(error).split())}") from error
+        if config["tie_embeddings"]:
+            model.head.weight = model.embedding.weight
+        return model.eval()
 
     def make_cache(
         self,

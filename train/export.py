@@ -1,0 +1,47 @@
+"""`python -m train.export --checkpoint runs/xpos/seed1 --output mine/`: a model for `Transformer.from_pretrained`."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from train.checkpoint import load_checkpoint
+from train.errors import UserError, parsed, told_in_one_line
+from train.language_model import LanguageModel
+
+
+def export(checkpoint: str, output: str, block_size: int | None = None, overwrite: bool = False) -> None:
+    """Write a trained model as config.json and model.safetensors, without optimizer, data or code.
+
+    Args:
+        checkpoint: a checkpoint of `python -m train fit`, or the folder of a run, whose last one is meant.
+        output: the folder for both files.
+        block_size: of blockwise attention; by default the trained model's. 0 attends to the whole text.
+        overwrite: replace a model that is there.
+
+    Raises:
+        UserError: the checkpoint is missing or damaged, its position module is not the library's, a model is there
+            already, or safetensors is not installed.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    trained = load_checkpoint(path)["state_dict"]["transformer.embedding.weight"].dtype
+    model = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True).transformer.to(trained)
+    try:
+        if block_size is not None:
+            model.block_size = block_size or None
+        model.save_pretrained(output, overwrite=overwrite)
+    except ValueError as error:
+        raise UserError(str(error).replace("overwrite=True", "--overwrite true")) from error
+    print(f"{output}: a {trained} model of {sum(p.numel() for p in model.parameters()):,} weights from {path}")
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m train.export", description=__doc__, exit_on_error=False)
+    parser.add_function_arguments(export)
+    with told_in_one_line():
+        export(**parsed(parser, args).as_dict())
+
+
+if __name__ == "__main__":
+    main()
