@@ -4,7 +4,6 @@ import csv
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -303,25 +302,41 @@ def test_a_run_whose_checkpoint_was_damaged_goes_on_when_that_is_removed(
 
 
 def test_an_interrupted_save_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moves = 0
+    save, saves = torch.save, 0
 
-    def move_half(draft: str, path: str) -> None:
-        """As between two disks, where moving is copying, cut short the second time."""
-        nonlocal moves
-        moves += 1
-        content = Path(draft).read_bytes()
-        Path(path).write_bytes(content if moves == 1 else content[: len(content) // 2])
-        if moves == 2:
-            raise InterruptionError
+    def save_half(content: Any, file: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 1:
+            return save(content, file)
+        file.write(pickle.dumps(saves))
+        raise InterruptionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "move", move_half)  # which fsspec calls, and fsspec Lightning
+        patch.setattr(torch, "save", save_half)
         with pytest.raises(InterruptionError):
             fit(tmp_path)
-    assert moves == 2
+    assert saves == 2
     run = tmp_path / "runs" / "xpos" / "seed1"
     assert read_checkpoint(run)["global_step"] == 3
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_in_one_line_and_leaves_the_checkpoint_before_it(
+    tmp_path: Path, uninterrupted: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InterruptionError):
+        fit(tmp_path, more=interrupted_at(5))
+    checkpoint = tmp_path / "runs" / "xpos" / "seed1" / "checkpoints" / "last.ckpt"
+    before = checkpoint.read_bytes()
+    checkpoint.with_name("last.ckpt.draft").symlink_to("/dev/full")
+    assert complaint(["fit", *options(tmp_path)], capfd) == (
+        f"the checkpoint {checkpoint} cannot be written: No space left on device; the one before it is whole; "
+        "mend that, and the same command goes on"
+    )
+    assert checkpoint.read_bytes() == before
+    assert_equals(fit(tmp_path), uninterrupted)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

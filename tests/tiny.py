@@ -48,7 +48,7 @@ def options(tmp_path: Path, config: str = "xpos", **changes: Any) -> list[str]:
         "trainer__val_check_interval": 4,
         "trainer__log_every_n_steps": 1,
         "trainer__enable_progress_bar": "false",
-        "trainer__callbacks": "ModelCheckpoint",
+        "trainer__callbacks": "Checkpoints",
         "trainer__callbacks__save_last": "true",
         "trainer__callbacks__save_top_k": 0,
         "trainer__callbacks__every_n_train_steps": 3,

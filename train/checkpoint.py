@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from train.errors import UserError
@@ -15,11 +16,60 @@ UNSHAPED = ("positions", "scale_base", "num_heads")
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's own brings its draft from the temporary folder, often another disk: a copy that can be cut short."""
+    """Writes a checkpoint beside the one before it, then in its place: whenever that is stopped, one of them is whole.
+
+    Lightning's own brings its draft from the temporary folder, often another disk: a copy that can be cut short.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with replacing(Path(path)) as draft:
-            super().save_checkpoint(checkpoint, draft, storage_options)
+        path = Path(path)
+        try:
+            with replacing(path) as draft, draft.open("wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch wraps the file's own error
+            cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), None)
+            if cause is None:
+                raise
+            before = "; the one before it is whole" if path.exists() else ""
+            raise UserError(
+                f"the checkpoint {path} cannot be written: {cause.strerror or cause}{before}; "
+                "mend that, and the same command goes on"
+            ) from error
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's `ModelCheckpoint`, but a step's checkpoint is written when the next one starts.
+
+    All that belongs to the step is then on the disk: its row of the log, and its validation if it had one. Lightning's
+    own is written before these, so that a process killed in between has a log with a hole.
+    """
+
+    begun = 0  # the step that training went on from, whose checkpoint there is
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.begun = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self.begun:
+            super().on_train_batch_end(trainer, pl_module, None, batch, batch_idx)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        pass
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+        # Lightning goes on rightly from what it would have written at the end of the step, so that is what it gets.
+        loop = checkpoint["loops"]["fit_loop"]
+        progress = loop["epoch_loop.batch_progress"]
+        if progress["total"]["ready"] == progress["total"]["completed"] + 1 == progress["total"]["started"] + 1:
+            for count in (progress["current"], progress["total"]):
+                count["ready"] -= 1
+                count["completed"] -= 1
+            loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
