@@ -123,8 +123,8 @@ def serve() -> None:
                 main(args)
             except SystemExit as error:
                 os._exit(int(error.code or 0))
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
+            except BaseException as error:
+                sys.excepthook(type(error), error, error.__traceback__)
                 os._exit(70)
             os._exit(0)
         _, status = os.waitpid(child, 0)

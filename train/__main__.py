@@ -1,22 +1,31 @@
 """`python -m train fit --config configs/xpos.yaml`: train, validate and test from YAML with Lightning."""
 
 import logging
+import re
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, set_parsing_settings
 from jsonargparse.typing import restricted_number_type
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from train.checkpoint import CheckpointFiles, check_fits, difference, load_checkpoint
+from train.callbacks import SampleText, Throughput
+from train.checkpoint import CheckpointFiles, Checkpoints, check_fits, difference, load_checkpoint
 from train.errors import UserError, explained, told_in_one_line
 from train.files import replacing
 from train.language_model import LanguageModel
 from train.text import TextData
+
+CALLBACKS = (Checkpoints, SampleText, Throughput)  # imported, so that YAML can name them without their module
+# What a run goes on with may differ from what it was begun with in these, which do not change its numbers, ...
+FREE = {"model": {"compile", "checkpoint_activations"}, "data": {"num_workers"}}
+# ... and in all of the trainer's options but these, which do.
+BOUND = {"max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision"}
 
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # what NumPy takes
 
@@ -94,6 +103,19 @@ class RunCLI(LightningCLI):
         if self.options.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [ProgressBar()]
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except ValueError as error:
+            cause = error.__cause__  # of several types that an option may have, what the first one says
+            if isinstance(cause, UserError):
+                raise cause from None
+            if not (why := re.match(r"Problem with given class_path '([\w.]+)':\s*(.*)", str(cause), re.DOTALL)):
+                raise
+            raise UserError(f"{why[1]} cannot be made: {why[2]}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         folder = self.run_folder
         self.options.model.scale_base = self.model.hparams["scale_base"]  # record what the default came to
@@ -122,16 +144,28 @@ class RunCLI(LightningCLI):
             self._check_same_run()
         if last.exists() or ckpt_path == "last":
             ckpt_path = self._path_of(ckpt_path)
-        done = self._steps_to_go_on_from(ckpt_path) if ckpt_path else 0
-        if done >= steps:
+        begun = self._to_go_on_from(ckpt_path) if ckpt_path else {"global_step": 0}
+        done = begun["global_step"]
+        if done >= steps or (done and self._stopped_early(begun)):
             state = f"{folder} is finished" if ckpt_path == str(last) else f"nothing to train in {folder}"
-            self.trainer.print(f"{state}: {ckpt_path} has all {steps} steps")
+            has = f"all {steps} steps" if done >= steps else f"{done} of {steps} steps, and was stopped early"
+            self.trainer.print(f"{state}: {ckpt_path} has {has}")
             return
         self.datamodule.setup("fit")  # complains about the text before the trainer writes its first file
         self.trainer.print(f"{folder}: steps {done + 1} to {steps} on {self.trainer.strategy.root_device}")
-        self.trainer.fit(weights_only=True, ckpt_path=ckpt_path, **kwargs)
-        if self.trainer.global_step >= steps and not self.options.trainer.fast_dev_run:
+        try:
+            self.trainer.fit(weights_only=True, ckpt_path=ckpt_path, **kwargs)
+        except SystemExit:
+            if not self.trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from here on
+            raise KeyboardInterrupt from None
+        if (self.trainer.global_step >= steps or self.trainer.should_stop) and not self.options.trainer.fast_dev_run:
             self.trainer.save_checkpoint(last, weights_only=False)
+
+    def _stopped_early(self, checkpoint: dict[str, Any]) -> bool:
+        states = checkpoint.get("callbacks", {}).values()
+        return bool(self.trainer.early_stopping_callbacks) and any(s.get("stopping_reason_message") for s in states)
 
     def validate(self, ckpt_path: str | None = None, **kwargs: Any) -> None:
         self.trainer.validate(weights_only=True, ckpt_path=self._trained(ckpt_path), **kwargs)
@@ -153,20 +187,25 @@ class RunCLI(LightningCLI):
         check_fits(checkpoint, self.model, Path(path))
         return checkpoint
 
-    def _steps_to_go_on_from(self, path: str) -> int:
+    def _to_go_on_from(self, path: str) -> dict[str, Any]:
         checkpoint = self._checkpoint(path)
         if "optimizer_states" not in checkpoint:
             raise UserError(f"{path} holds weights alone; training goes on only from one with the optimizer's state")
-        return checkpoint["global_step"]
+        return checkpoint
 
     def _check_same_run(self) -> None:
-        """A folder's run goes on only with the model, data, seed and number of steps that it was begun with."""
+        """A folder's run goes on only with what it was begun with, as far as its numbers depend on it."""
+        parser = self._parser(self.subcommand)
         begun = read_config(config_of(self.run_folder))
-        now = yaml.safe_load(self._parser(self.subcommand).dump(self.options, skip_unset=False))
-        for config in (begun, now):
-            config["trainer"] = {"max_steps": config["trainer"]["max_steps"]}  # the learning rate's course hangs on it
+        now = yaml.safe_load(parser.dump(self.options, skip_unset=False))
+        defaults = yaml.safe_load(parser.dump(parser.get_defaults(), skip_unset=False, skip_validation=True))
         for group in ("seed_everything", "model", "data", "trainer"):
-            if changed := difference(begun.get(group), now.get(group), group):
+            there, here = begun.get(group), now[group]
+            if isinstance(there, dict):
+                there = defaults[group] | there  # what an option that is new since then would have been
+                bound = (BOUND if group == "trainer" else there.keys() | here.keys()) - FREE.get(group, set())
+                there, here = ({key: value for key, value in c.items() if key in bound} for c in (there, here))
+            if changed := difference(there, here, group):
                 raise UserError(
                     f"{self.run_folder} holds a run of another configuration ({changed}); "
                     "give this one a --name of its own, or remove that folder"
@@ -191,10 +230,12 @@ def main(args: list[str] | None = None, data: type[Any] = TextData, prog: str = 
         "exists and is not empty",
         r"isinstance\(treespec, LeafSpec\)",
         "your dataloader is not resumable",  # it is: `RandomBatches` depends on the step alone
+        "re using the WeightAveraging callback",  # of averaged weights: they are what a checkpoint's state_dict holds
     ):
         warnings.filterwarnings("ignore", f".*{noise}")
     for part in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(part).setLevel(logging.WARNING)
+    set_parsing_settings(import_path_denylist=[])  # jsonargparse's own list, such as os and subprocess, in force
     with told_in_one_line():
         RunCLI(
             LanguageModel,

@@ -12,6 +12,7 @@ from train.errors import UserError
 from train.files import replacing
 
 CONTENT = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step"}
+INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 UNSHAPED = ("positions", "scale_base", "num_heads")
 
 
@@ -56,7 +57,9 @@ class Checkpoints(ModelCheckpoint):
         if trainer.global_step > self.begun:
             super().on_train_batch_end(trainer, pl_module, None, batch, batch_idx)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         pass
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -88,6 +91,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or not content.keys() >= CONTENT:
         raise UserError(f"{path} is no checkpoint of this trainer: one holds {', '.join(sorted(CONTENT))}")
+    for group in ("hyper_parameters", "datamodule_hyper_parameters"):
+        # Lightning imports and calls what is named here.
+        if (made_by := content[group].get("_instantiator", INSTANTIATOR)) != INSTANTIATOR:
+            raise UserError(f"{path} is no checkpoint of this trainer: it wants {made_by!r} called")
     return content
 
 

@@ -2,13 +2,14 @@
 
 import math
 import re
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
 from train.baselines import ALiBi, NoPositions
 from train.errors import UserError
@@ -17,6 +18,15 @@ from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 
 POSITIONS = (XPOS, RotaryEmbedding, ALiBi, NoPositions)  # imported, so that YAML can name them without their module
 IGNORED = -100  # a target that is not predicted
+FALL = 10  # the learning rate falls to its peak over this
+DECAY = 0.2  # the share of steps over which it falls in the schedule wsd
+
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+
+DIVERGED = (
+    "training stopped, and its last checkpoint is from before that; "
+    "try a lower model.learning_rate or trainer.gradient_clip_val, under a --name of its own"
+)
 
 # Windows (b, n + 1), each token of which but the first is predicted; or inputs and targets, (b, n) each.
 Batch = Tensor | tuple[Tensor, Tensor] | list[Tensor]
@@ -29,7 +39,9 @@ class Positions(Protocol):
 
 
 class LanguageModel(L.LightningModule):
-    """A `Transformer` with AdamW, linear warm-up and cosine decay.
+    """A `Transformer` with AdamW and a learning rate that rises linearly, then falls.
+
+    A loss or a weight that is not finite ends the training, and no checkpoint is written any more.
 
     Args:
         context_length: training length L; the data's own.
@@ -39,9 +51,12 @@ class LanguageModel(L.LightningModule):
             1024 puts it.
         embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, block_size, dropout: see `Transformer`.
         learning_rate: at the end of the warm-up.
-        warmup_steps: steps over which the learning rate rises to it; from then it falls to a tenth.
+        warmup_steps: steps over which the learning rate rises to it.
+        schedule: what it does from then on: falls to a tenth as a cosine, falls there linearly, stays constant, or
+            (wsd: warm-up, stable, decay) stays until the last fifth of all steps, and falls linearly over these.
         weight_decay: on matrices; none on norms.
         compile: whether each layer is compiled (a graph a layer, which works under every strategy).
+        checkpoint_activations: keep a layer's input alone for the backward pass, and compute the rest again.
 
     Raises:
         UserError: a size or rate is out of range, or scale_base is given within `positions`, or where it
@@ -64,6 +79,8 @@ class LanguageModel(L.LightningModule):
         warmup_steps: int = 100,
         weight_decay: float = 0.1,
         compile: bool = False,
+        schedule: Schedule = "cosine",
+        checkpoint_activations: bool = False,
     ):
         super().__init__()
         if not learning_rate > 0:
@@ -79,9 +96,14 @@ class LanguageModel(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
         self.compile_layers = compile
+        self.schedule = schedule
+        self._first_not_finite: Tensor | None = None
 
         def for_context_length(head_dim: int) -> Any:
-            module: Any = positions(head_dim)
+            try:
+                module: Any = positions(head_dim)
+            except TypeError as error:
+                raise UserError(f"model.positions cannot be made with a head_dim: {error}") from error
             if not (hasattr(module, "rotate") and hasattr(module, "max_span")):
                 raise UserError(
                     f"model.positions must have the methods rotate and max_span, {type(module).__name__} does not; "
@@ -114,11 +136,15 @@ class LanguageModel(L.LightningModule):
             # head_dim is no option here.
             message = re.sub(r"^head_dim\b", "embed_dim / num_heads", str(error)).removesuffix("; or give head_dim")
             raise UserError(f"model.{message}") from error
+        self.transformer.checkpoint_activations = checkpoint_activations
 
     def configure_model(self) -> None:
         for layer in self.transformer.layers:
             if self.compile_layers and layer._compiled_call_impl is None:
                 layer.compile(fullgraph=True)
+        if self.device_mesh is not None:  # of Lightning's ModelParallelStrategy
+            for module in (*self.transformer.layers, self.transformer):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.transformer(tokens)
@@ -126,7 +152,8 @@ class LanguageModel(L.LightningModule):
     def predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (b n, vocabulary) and targets (b n,)."""
         inputs, targets = (batch[:, :-1], batch[:, 1:]) if isinstance(batch, Tensor) else batch
-        return self(inputs).flatten(0, 1), targets.flatten()
+        logits = self(inputs).flatten(0, 1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy of the targets, in nats."""
@@ -134,8 +161,33 @@ class LanguageModel(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
+        self._note(loss)
         self.log("train_bits_per_byte", loss.detach() / math.log(2), prog_bar=True)
         return loss
+
+    def _note(self, loss: Tensor) -> None:
+        """Remember the first step whose loss is not finite, without waiting for the device."""
+        if self._first_not_finite is None:
+            self._first_not_finite = torch.zeros((), dtype=torch.int64, device=loss.device)
+        now = (~loss.detach().isfinite()) * (self.global_step + 1)
+        self._first_not_finite = torch.where(self._first_not_finite > 0, self._first_not_finite, now)
+
+    def _check_finite(self) -> None:
+        if self._first_not_finite is not None and (step := int(self._first_not_finite)):
+            raise UserError(f"the loss of step {step} is not finite; {DIVERGED}")
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._check_finite()
+
+    def on_validation_start(self) -> None:
+        self._check_finite()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_finite()
+        for name, weight in checkpoint["state_dict"].items():
+            if weight.is_floating_point() and not weight.isfinite().all():
+                raise UserError(f"{name} is not finite after step {checkpoint['global_step']}; {DIVERGED}")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._log_held_out("val", batch, prog_bar=True)
@@ -158,10 +210,27 @@ class LanguageModel(L.LightningModule):
         fused = self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95), fused=fused)
         warmup = LinearLR(optimizer, start_factor=1 / (self.warmup_steps + 1), total_iters=self.warmup_steps)
-        falling = max(1, int(self.trainer.estimated_stepping_batches) - self.warmup_steps)
-        cosine = CosineAnnealingLR(optimizer, T_max=falling, eta_min=self.learning_rate / 10)
-        schedule = SequentialLR(optimizer, [warmup, cosine], milestones=[self.warmup_steps])
+        steps = int(self.trainer.estimated_stepping_batches)
+        parts = [warmup, *self._after_warmup(optimizer, steps)]
+        starts = [self.warmup_steps, max(self.warmup_steps, steps - self._decay_steps(steps))]
+        schedule = SequentialLR(optimizer, parts, milestones=starts[: len(parts) - 1])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _after_warmup(self, optimizer: torch.optim.Optimizer, steps: int) -> list[Any]:
+        falling = max(1, steps - self.warmup_steps)
+        match self.schedule:
+            case "cosine":
+                return [CosineAnnealingLR(optimizer, T_max=falling, eta_min=self.learning_rate / FALL)]
+            case "linear":
+                return [LinearLR(optimizer, 1.0, 1 / FALL, total_iters=falling)]
+            case "constant":
+                return [ConstantLR(optimizer, 1.0)]
+            case _:
+                decay = self._decay_steps(steps)
+                return [ConstantLR(optimizer, 1.0), LinearLR(optimizer, 1.0, 1 / FALL, total_iters=decay)]
+
+    def _decay_steps(self, steps: int) -> int:
+        return max(1, min(round(steps * DECAY), steps - self.warmup_steps))
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

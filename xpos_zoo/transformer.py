@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
+from torch.utils.checkpoint import checkpoint
 
 from xpos_zoo.attention import MultiHeadAttention, Temperature
 from xpos_zoo.bias import DistanceBias
@@ -81,6 +82,9 @@ class Transformer(nn.Module):
         dropout: probability of dropping an attention weight, and a feature before it joins the residual stream.
         tie_embeddings: whether the output projection is the embedding's transpose.
 
+    The attribute `checkpoint_activations`, False at first, has training keep a layer's input alone for the backward
+    pass and compute the rest again: less memory for a third more work.
+
     Raises:
         ValueError: for a size that is not positive or does not divide as `MultiHeadAttention` says.
     """
@@ -106,6 +110,7 @@ class Transformer(nn.Module):
             hidden_dim = -(-8 * embed_dim // (3 * 32)) * 32
         require_sizes(hidden_dim=hidden_dim)
         self.vocab_size = vocab_size
+        self.checkpoint_activations = False
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         self.layers = nn.ModuleList(
             DecoderLayer(
@@ -295,7 +300,10 @@ class Transformer(nn.Module):
             raise ValueError(f"cache must have {len(self.layers)} layers, got {len(cache)}")
         x = self.embedding(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, None if cache is None else cache[i], lengths, document_ids)
+            if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
+                x = checkpoint(layer, x, None, lengths, document_ids, use_reentrant=False)
+            else:
+                x = layer(x, None if cache is None else cache[i], lengths, document_ids)
         return self.norm(x)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, *, lengths: Tensor | None = None, **options: Any) -> Tensor:
