@@ -1,0 +1,82 @@
+"""Two processes train what one would on both their batches, and either goes on from the other's checkpoint.
+
+In float64: another order of sums then differs by its rounding alone, far below what another batch would do.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from test_command_line import in_subprocess, interrupted_at, metrics
+from tiny import options, read_checkpoint
+from torch.utils.data import DataLoader
+
+from train.__main__ import main
+from train.text import TextData
+
+STEPS = 6
+STRATEGIES: dict[str, list[str]] = {
+    "ddp": ["--trainer.strategy=ddp"],
+    "sharded": [
+        "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+        "--trainer.strategy.data_parallel_size=2",
+        "--trainer.strategy.tensor_parallel_size=1",
+        "--trainer.strategy.save_distributed_checkpoint=false",
+    ],
+}
+
+
+class BothRanks(TextData):
+    """Gives one process the batches of two, joined."""
+
+    def train_dataloader(self) -> DataLoader:
+        loader: Any = super().train_dataloader()
+        other: Any = super().train_dataloader()
+        other.batch_sampler.rank = 1
+        pairs = zip(loader.batch_sampler, other.batch_sampler, strict=True)
+        return DataLoader(loader.dataset, batch_sampler=[[*ours, *theirs] for ours, theirs in pairs])
+
+
+class Double(L.Callback):
+    """Makes the model float64: sharding knows no precision of that name."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        pl_module.double()
+
+
+def command(tmp_path: Path, name: str, **changes: Any) -> list[str]:
+    small: dict[str, Any] = {"trainer__max_steps": STEPS, "trainer__val_check_interval": 3}
+    return ["fit", *options(tmp_path, name=name, **small, **changes), "--trainer.callbacks+=test_devices.Double"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
+def test_two_processes_train_as_one_does_on_both_their_batches(strategy: list[str], tmp_path: Path) -> None:
+    main(command(tmp_path, "one"), data=BothRanks)
+    two = [*command(tmp_path, "two", trainer__devices=2), *strategy]
+    stopped = in_subprocess([*two, *interrupted_at(5)])
+    assert "InterruptionError" in stopped.stderr
+    runs = {name: tmp_path / "runs" / name / "seed1" for name in ("one", "two", "went_on")}
+    assert read_checkpoint(runs["two"])["global_step"] == 3
+    # One process goes on from the checkpoint of two, and two do, too.
+    for name, content in ((path.name, path) for path in (runs["two"] / "checkpoints").iterdir()):
+        (runs["went_on"] / "checkpoints").mkdir(parents=True)
+        (runs["went_on"] / "checkpoints" / name).write_bytes(content.read_bytes())
+    (runs["went_on"] / "config.yaml").write_bytes((runs["two"] / "config.yaml").read_bytes())
+    main(command(tmp_path, "went_on"), data=BothRanks)
+    done = in_subprocess(two)
+    assert done.returncode == 0, done.stderr
+    expected = read_checkpoint(runs["one"])
+    for name in ("two", "went_on"):
+        found = read_checkpoint(runs[name])
+        assert found["global_step"] == STEPS
+        for part, weight in expected["state_dict"].items():
+            torch.testing.assert_close(found["state_dict"][part], weight, rtol=1e-9, atol=1e-12, msg=f"{name} {part}")
+        validated = metrics(runs[name], "val_bits_per_byte")
+        for step, loss in metrics(runs["one"], "val_bits_per_byte").items():
+            if step in validated:  # those who went on have but what came after
+                assert validated[step] == pytest.approx(loss, rel=1e-6)  # the log is written in float32
+        assert validated
