@@ -24,4 +24,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:  ## the environment and caches; never a run
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs/.cache .pytest_cache .ruff_cache .hypothesis

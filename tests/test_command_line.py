@@ -160,6 +160,16 @@ def test_bf16_mixed_precision_trains_on_float32_weights(tmp_path: Path) -> None:
     assert not same(read_checkpoint(run)["state_dict"], read_checkpoint(fit(tmp_path, name="full"))["state_dict"])
 
 
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_documents_are_kept_apart_by_a_word_in_the_configuration(block_size: int | None, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", files=200, size=8)
+    given: dict[str, Any] = {"data__paths": f"[{corpus}]", "data__context_length": 32, "model__block_size": block_size}
+    apart = read_checkpoint(fit(tmp_path, name="apart", data__separate_documents="true", **given))["state_dict"]
+    together = read_checkpoint(fit(tmp_path, name="together", **given))["state_dict"]
+    assert all(torch.isfinite(weight).all() for weight in apart.values())
+    assert not same(apart, together)
+
+
 def test_gradient_clipping_bounds_the_step(tmp_path: Path) -> None:
     free = fit(tmp_path, name="free", trainer__gradient_clip_val=1e9, trainer__max_steps=1)
     clipped = fit(tmp_path, name="clipped", trainer__gradient_clip_val=1e-3, trainer__max_steps=1)
@@ -392,7 +402,7 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "no such callback": ({"trainer__callbacks": "ModlCheckpoint"}, 'trainer.callbacks": '),
     "a batch of none": ({"data__batch_size": 0}, "data.batch_size must be 1 or above, got 0"),
     "no such folder": ({"data__paths": "[nowhere]"}, "data.paths: there is no file or folder 'nowhere'"),
-    "no paths": ({"data__paths": "[]"}, "data.paths: no file with UTF-8 text in []"),
+    "no paths": ({"data__paths": "[]"}, "data.paths: no document with UTF-8 text in []"),
     "a path for a list of paths": ({"data__paths": "nowhere"}, 'data.paths": '),
     "a checkpoint that there is not": (
         {"ckpt_path": "nowhere.ckpt"},
@@ -445,15 +455,15 @@ def no_text(folder: Path) -> None:
 
 WRONG_TEXTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an empty folder": (lambda folder: None, "data.paths: there is no file in "),
-    "no text": (no_text, "data.paths: no file with UTF-8 text in ["),
+    "no text": (no_text, "data.paths: no document with UTF-8 text in ["),
     "one file": (
         lambda folder: write_corpus(folder, files=1),
-        "none of the 1 files with text fell to the val split, which holds out whole files; give more files, or raise "
+        "none of the 1 documents with text fell to the val split, which holds out whole documents; give more, or raise "
         "data.val_fraction",
     ),
     "held out alone": (
         lambda folder: (folder / "2.txt").write_text("of the names in `write_corpus`, one that is held out"),
-        "fell to the train split, which holds out whole files; give more files, or lower data.val_fraction and",
+        "fell to the train split, which holds out whole documents; give more, or lower data.val_fraction and",
     ),
     "less than a window": (
         lambda folder: write_corpus(folder, size=2),
@@ -620,6 +630,23 @@ def test_a_folder_of_another_run_is_left_alone(
     assert difference in line
     assert line.endswith("give this one a --name of its own, or remove that folder")
     assert snapshot(tmp_path / "runs") == before
+
+
+def test_a_run_that_was_begun_before_there_was_an_option_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = fit(tmp_path, trainer__max_steps=2) / "config.yaml"
+    content = yaml.safe_load(config.read_text())
+    del content["data"]["field"], content["model"]["block_size"]
+    config.write_text(yaml.safe_dump(content))
+    capsys.readouterr()
+    fit(tmp_path, trainer__max_steps=2)
+    assert "is finished" in capsys.readouterr().out
+    content["data"]["field"] = "body"
+    config.write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit):
+        fit(tmp_path, trainer__max_steps=2)
+    assert "data.field: body there, text here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "", "model: {", "- 1"])

@@ -34,7 +34,6 @@ from train.context_use import (
 )
 from train.errors import UserError
 from train.extrapolate import choose_windows, find_runs, token_losses
-from train.text import TextData
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 
 L = 16
@@ -296,7 +295,7 @@ def test_up_to_the_trained_length_blocks_of_half_of_it_see_as_much_as_dense_atte
 def test_cells_hold_the_losses_of_the_last_bytes_and_of_the_second_half(trained: Path, tmp_path: Path) -> None:
     results = measured(trained, tmp_path / "out", "rotary")
     (run,) = find_runs([str(trained / "rotary")])
-    windows, names = choose_windows(TextData(**run.data).documents("test"), 4 * L + 1, 4)
+    windows, names = choose_windows(run.text().documents("test"), 4 * L + 1, 4)
     assert results["documents"] == names
     cells = {cell["mode"]: cell for cell in results["cells"]}
     model = run.model(torch.device("cpu"))

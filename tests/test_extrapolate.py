@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import InterruptionError, complaint_of, fit, write_corpus
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 import train.extrapolate
 import train.measured
+from train.corpus import Document
 from train.errors import UserError
 from train.extrapolate import (
     STANDARD_MODES,
@@ -32,7 +34,6 @@ from train.extrapolate import (
     token_losses,
 )
 from train.language_model import LanguageModel
-from train.text import Document
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 from xpos_zoo.attention import visible_keys
 
@@ -213,7 +214,7 @@ def test_the_papers_own_table_is_of_pieces_that_do_not_overlap() -> None:
 
 def documents(*sizes: int) -> list[Document]:
     return [
-        Document(f"d{i}", torch.arange(sum(sizes[:i]), sum(sizes[: i + 1]), dtype=torch.int32))
+        Document(f"d{i}", np.arange(sum(sizes[:i]), sum(sizes[: i + 1]), dtype=np.uint16))
         for i, size in enumerate(sizes)
     ]
 
@@ -237,7 +238,7 @@ def test_windows_come_from_as_many_documents_as_there_are_and_never_overlap() ->
 
 def test_windows_longer_than_any_document_are_refused() -> None:
     with pytest.raises(
-        UserError, match="no held-out document has the 31 bytes that a window takes, the longest has 30"
+        UserError, match="no held-out document has the 31 tokens that a window takes, the longest has 30"
     ):
         choose_windows(documents(30, 9), 31, 4)
 
@@ -437,7 +438,7 @@ complaint = partial(complaint_of, main)
         (["{runs}", "--windws", "3"], "unrecognized arguments: --windws 3; did you mean windows?"),
         (
             ["{runs}", "--longest", "256"],
-            "no held-out document has the 4097 bytes that a window takes, the longest has",
+            "no held-out document has the 4097 tokens that a window takes, the longest has",
         ),
         (["nowhere"], "runs: there is no folder 'nowhere'"),
         (["{tmp}/empty"], "empty'; `python -m train fit` writes one"),

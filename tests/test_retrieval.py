@@ -45,7 +45,7 @@ SHIPPED = ("xpos", "rotary")
 
 def recall_options(tmp_path: Path, config: str = "xpos", **changes: Any) -> list[str]:
     """A shipped configuration of this task, made small."""
-    ours: dict[str, Any] = {"data__paths": None, "data__max_val_windows": None}
+    ours: dict[str, Any] = {"data__paths": None, "data__cache": None, "data__max_val_windows": None}
     ours |= {"data__val_windows": 4, "data__couples": 2}
     return options(tmp_path, f"retrieval/{config}", **(ours | changes))
 

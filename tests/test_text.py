@@ -2,30 +2,31 @@
 
 import itertools
 import math
+import pickle
 from pathlib import Path
-from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_corpus
 
+from train.corpus import Split
 from train.errors import UserError
+from train.language_model import LanguageModel
+from train.sources import NOT_SOURCE, standard_library
 from train.text import (
-    NOT_SOURCE,
     RandomBatches,
     TextData,
     Windows,
-    read_documents,
     split_of,
-    standard_library,
-    text_files,
 )
 
 
 def small(corpus: Path, **changes) -> TextData:
-    return TextData(**{"context_length": 16, "paths": [str(corpus)], "batch_size": 2} | changes)
+    options = {"context_length": 16, "paths": [str(corpus)], "batch_size": 2, "cache": str(corpus.parent / "cache")}
+    return TextData(**options | changes)
 
 
 def names(data: TextData) -> dict[str, set[str]]:
@@ -62,35 +63,15 @@ def test_holding_out_more_for_validation_never_uses_a_test_file(name: str, val_f
         assert split_of(name, val_fraction, 0.1) == "test"
 
 
-def test_the_default_corpus_is_the_standard_library_without_packages_and_tests() -> None:
+def test_the_default_corpus_is_the_standard_library_without_packages_and_tests(tmp_path: Path) -> None:
     files = set(standard_library().values())
     assert {"json/decoder.py", "argparse.py", "asyncio/events.py"} <= files
     assert not [name for name in files if NOT_SOURCE & set(name.split("/"))]
     assert not [name for name in files if "site-packages" in name or "/test/" in name or name.startswith("test/")]
-    data = TextData(context_length=128)
+    data = TextData(context_length=128, cache=str(tmp_path))
     longest = 64 * 128 + 1  # the farthest that `make demo` looks
     assert sum(len(document.tokens) >= longest for document in data.documents("test")) >= 8
     assert sum(len(document.tokens) for document in data.documents("train")) > 5_000_000
-
-
-def test_hidden_files_are_left_out_and_equal_names_are_kept_apart(tmp_path: Path) -> None:
-    for name in ("a/x.txt", "b/x.txt", "a/.git/config", "a/.hidden"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    files = text_files([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert sorted(path.read_text() for path in files) == ["a/x.txt", "b/x.txt"]
-    assert text_files([str(tmp_path / "a" / "x.txt")]) == {tmp_path / "a" / "x.txt": "x.txt"}
-
-
-def test_a_pattern_chooses_files_which_are_named_from_its_first_star_on(tmp_path: Path) -> None:
-    for name in ("a/x.txt", "a/b/y.txt", "a/b/z.md", "a/.git/t.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    files = text_files([str(tmp_path / "a" / "**" / "*.txt")])
-    assert files == {tmp_path / "a" / "x.txt": "x.txt", tmp_path / "a" / "b" / "y.txt": "b/y.txt"}
-    assert list(text_files([str(tmp_path / "*" / "b" / "*.md")]).values()) == ["a/b/z.md"]
-    with pytest.raises(UserError, match=r"there is no file in '.*\*\.rst'"):
-        text_files([str(tmp_path / "*.rst")])
 
 
 @given(st.lists(st.text("ab./-", min_size=1, max_size=8), min_size=1, max_size=4))
@@ -101,59 +82,27 @@ def test_split_by_folder_keeps_all_of_an_outermost_folder_together(parts: list[s
     assert split_of(name, 0.3, 0.3, "folder") == split_of(folder, 0.3, 0.3, "file")
 
 
-def overlapping(tmp_path: Path) -> list[str]:
-    """A folder, its subfolder, a file of that, the folder by a link, and another folder with a file of equal name."""
-    write_corpus(tmp_path / "a" / "b", files=20)
-    write_corpus(tmp_path / "c", files=1)
-    write_corpus(tmp_path / "d", files=1)
-    (tmp_path / "link").symlink_to(tmp_path / "a")
-    (tmp_path / "alias").symlink_to(tmp_path / "d" / "0.txt")
-    names = ("a", "a/b", "a/b/3.txt", "a/../a", "link", "c", "c", "d/0.txt", "alias")
-    return [str(tmp_path / name) for name in names]
-
-
-def test_a_file_that_is_reached_in_several_ways_is_one_document(tmp_path: Path) -> None:
-    documents = read_documents(overlapping(tmp_path))
-    assert sorted(document.name for document in documents) == sorted(
-        [*(f"b/{i}.txt" for i in range(20)), *["0.txt"] * 2]
-    )
-
-
-@given(st.randoms(use_true_random=False))
-def test_the_split_does_not_depend_on_the_order_of_the_paths(
-    tmp_path_factory: pytest.TempPathFactory, random: Random
-) -> None:
-    folder = tmp_path_factory.mktemp("order")
-    paths = overlapping(folder)
-    expected = read_documents(paths)
-    random.shuffle(paths)
-    found = read_documents(paths)
-    assert [document.name for document in found] == [document.name for document in expected]
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(found, expected, strict=True))
-
-
-def test_files_that_are_no_text_are_left_out(tmp_path: Path) -> None:
-    for name, content in {"good": "naïve".encode(), "latin": b"na\xefve", "empty": b"", "nul": b"a\0b"}.items():
-        (tmp_path / name).write_bytes(content)
-    (document,) = read_documents([str(tmp_path)])
-    assert document.name == "good"
-    assert bytes(document.tokens.tolist()) == "naïve".encode()
-
-
 def test_training_text_is_every_document_with_a_separator_after_it(tmp_path: Path) -> None:
-    data = small(write_corpus(tmp_path / "a"))
+    corpus = write_corpus(tmp_path / "a")
+    data = small(corpus)
     data.setup("fit")
     documents = data.documents("train")
-    text = data._windows("train", stride=1).tokens
-    assert bytes(text.tolist()) == b"".join(bytes(d.tokens.tolist()) + b"\0" for d in documents)
+    text = data._windows("train", stride=1).split.tokens
+    assert bytes(text) == b"".join((corpus / document.name).read_bytes() + b"\0" for document in documents)
+    assert [document.name for document in documents] == sorted(document.name for document in documents)
 
 
-@given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 12))
-def test_windows_are_all_that_fit(size: int, length: int, stride: int) -> None:
-    windows = Windows(torch.arange(size, dtype=torch.uint8), length, stride)
+@given(st.integers(0, 40), st.integers(1, 12), st.integers(1, 12), st.sampled_from(["uint8", "uint16", "uint32"]))
+def test_windows_are_all_that_fit(
+    tmp_path_factory: pytest.TempPathFactory, size: int, length: int, stride: int, dtype: str
+) -> None:
+    folder = tmp_path_factory.mktemp("windows")
+    np.arange(size, dtype=dtype).tofile(folder / "train.tokens")
+    windows = Windows(Split(folder, "train", dtype), length, stride)
     expected = [list(range(start, start + length)) for start in range(0, size, stride) if start + length <= size]
-    assert [windows[i].tolist() for i in range(len(windows))] == expected
-    assert all(windows[i].dtype == torch.int64 for i in range(len(windows)))
+    items = [windows[i] for i in range(len(windows))]
+    assert [item.tolist() for item in items if isinstance(item, torch.Tensor)] == expected
+    assert all(item.dtype == torch.int64 for item in items if isinstance(item, torch.Tensor))
 
 
 @given(st.integers(0, 20), st.integers(0, 2**32 - 1), st.integers(0, 7))
@@ -187,7 +136,7 @@ def test_validation_windows_do_not_overlap_and_are_at_most_as_many_as_said(
     assert 1 <= len(windows) <= max_val_windows
     assert windows.stride >= data.context_length  # so no target is counted twice
     if max_val_windows >= 50:
-        assert len(windows) * windows.stride > 0.7 * len(windows.tokens)
+        assert len(windows) * windows.stride > 0.7 * len(windows.split.tokens)
 
 
 @pytest.mark.parametrize(
@@ -207,17 +156,48 @@ def test_sizes_out_of_range_are_named(tmp_path: Path, changes: dict, message: st
         small(tmp_path, **changes)
 
 
-def test_no_paths_at_all_are_not_the_standard_library(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no file with UTF-8 text in \[\]"):
-        read_documents([])
+def test_a_source_is_either_files_or_a_data_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.dataset and data.paths are two sources; give one"):
+        small(tmp_path, dataset="a/b")
+    with pytest.raises(UserError, match=r"data.dataset must have a path, a folder or a hub's name, got {'name': 'a'}"):
+        small(tmp_path, paths=None, dataset={"name": "a"})
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = write_corpus(tmp_path / "a", files=3)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_draw_what_the_training_process_would(tmp_path: Path, num_workers: int) -> None:
+    data = small(write_corpus(tmp_path / "a"), num_workers=num_workers)
+    if num_workers:
+        assert len(pickle.dumps(data._windows("train", 1))) < 1000  # they map the text for themselves
+    data.setup("validate")
+    found = [batch.tolist() for batch in data.val_dataloader()]
+    assert found == [batch.tolist() for batch in small(tmp_path / "a").val_dataloader()]
 
-    def refuse(path: Path) -> bytes:
-        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
-    with pytest.raises(UserError, match=r"data.paths: .*0.txt cannot be read: Permission denied"):
-        read_documents([str(corpus)])
+def test_documents_of_a_window_are_numbered_and_a_separator_begins_the_next(tmp_path: Path) -> None:
+    (tmp_path / "train.tokens").write_bytes(b"abc\0d\0\0ef")
+    windows = Windows(Split(tmp_path, "train", "uint8"), 8, separator=0)
+    inputs, targets, document_ids = windows[1]
+    assert bytes(inputs.tolist()) == b"bc\0d\0\0e"
+    assert bytes(targets.tolist()) == b"c\0d\0\0ef"
+    assert document_ids.tolist() == [0, 0, 1, 1, 2, 3, 3]
+
+
+def test_separate_documents_are_predicted_as_if_each_were_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = small(write_corpus(tmp_path / "a", size=20), separate_documents=True, context_length=100, val_fraction=0.4)
+    data.setup("validate")
+    model = LanguageModel(100, embed_dim=16, num_layers=2, num_heads=2).double().eval()
+    for parameter in model.parameters():
+        parameter.data *= 5  # so that what attention does shows
+    inputs, targets, document_ids = next(iter(data.val_dataloader()))
+    assert document_ids.max() > 1
+    with torch.inference_mode():
+        logits = model.predictions([inputs, targets, document_ids])[0].unflatten(0, inputs.shape)
+        for row, ids in enumerate(document_ids):
+            for document in ids.unique():
+                alone = model(inputs[None, row, ids == document])[0]
+                # Sums over up to 100 keys and 64 features in another order, in float64.
+                rounding = 200 * torch.finfo(torch.float64).eps * float(logits.abs().max())
+                torch.testing.assert_close(logits[row, ids == document], alone, rtol=0, atol=rounding)
+        crossing = model.predictions([inputs, targets])[0].unflatten(0, inputs.shape)
+    assert (crossing - logits).abs().max() > 1e-4

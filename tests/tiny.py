@@ -35,6 +35,7 @@ def options(tmp_path: Path, config: str = "xpos", **changes: Any) -> list[str]:
     small: dict[str, Any] = {
         "runs": tmp_path / "runs",
         "data__paths": f"[{corpus}]",
+        "data__cache": tmp_path / "cache",
         "data__context_length": 16,
         "data__batch_size": 2,
         "data__max_val_windows": 4,

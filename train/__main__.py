@@ -23,7 +23,7 @@ from train.text import TextData
 
 CALLBACKS = (Checkpoints, SampleText, Throughput)  # imported, so that YAML can name them without their module
 # What a run goes on with may differ from what it was begun with in these, which do not change its numbers, ...
-FREE = {"model": {"compile", "checkpoint_activations"}, "data": {"num_workers"}}
+FREE = {"model": {"compile", "checkpoint_activations"}, "data": {"num_workers", "cache"}}
 # ... and in all of the trainer's options but these, which do.
 BOUND = {"max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision"}
 
@@ -73,6 +73,7 @@ class RunCLI(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run; default: the config's.")
         parser.add_argument("--runs", type=str, default="runs", help="Folder for all runs.")
         parser.link_arguments("data.context_length", "model.context_length")
+        parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -152,6 +153,8 @@ class RunCLI(LightningCLI):
             self.trainer.print(f"{state}: {ckpt_path} has {has}")
             return
         self.datamodule.setup("fit")  # complains about the text before the trainer writes its first file
+        if ckpt_path:
+            self._check_text(ckpt_path, same=ckpt_path == str(last))
         self.trainer.print(f"{folder}: steps {done + 1} to {steps} on {self.trainer.strategy.root_device}")
         try:
             self.trainer.fit(weights_only=True, ckpt_path=ckpt_path, **kwargs)
@@ -176,6 +179,7 @@ class RunCLI(LightningCLI):
     def _trained(self, ckpt_path: str | None) -> str:
         path = self._path_of(ckpt_path)
         self._checkpoint(path)
+        self._check_text(path, same=False)
         return path
 
     def _path_of(self, ckpt_path: str | None) -> str:
@@ -192,6 +196,20 @@ class RunCLI(LightningCLI):
         if "optimizer_states" not in checkpoint:
             raise UserError(f"{path} holds weights alone; training goes on only from one with the optimizer's state")
         return checkpoint
+
+    def _check_text(self, path: str, same: bool) -> None:
+        """A checkpoint's tokens must mean what they mean here; a run goes on with the `same` text, too."""
+        there = load_checkpoint(Path(path)).get(type(self.datamodule).__qualname__)
+        here = self.datamodule.state_dict()
+        if there and there["tokenizer"] != here["tokenizer"]:
+            raise UserError(
+                f"{path} belongs to another tokenizer: data.tokenizer must give the one it was trained with"
+            )
+        if there and same and there["text_sha256"] != here["text_sha256"]:
+            raise UserError(
+                f"{self.run_folder} holds a run of another text: {self.datamodule.source.described} has changed since; "
+                "give this one a --name of its own, or remove that folder"
+            )
 
     def _check_same_run(self) -> None:
         """A folder's run goes on only with what it was begun with, as far as its numbers depend on it."""
@@ -215,7 +233,8 @@ class RunCLI(LightningCLI):
 def read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())
-        config["trainer"]["max_steps"]
+        for group, option in (("trainer", "max_steps"), ("data", "context_length"), ("model", "positions")):
+            config[group][option]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is missing or damaged, so what the checkpoints beside it were trained with is not known; "

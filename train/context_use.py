@@ -34,7 +34,6 @@ from train.measured import in_lengths, interval
 from train.modes import Mode, all_modes
 from train.report import COLOURS, STYLES, finish, new_plot
 from train.runs import find_runs
-from train.text import TextData
 from xpos_zoo import MultiHeadAttention, Transformer
 
 MODES = ("dense", "temperature", "tail", "BCA")
@@ -244,7 +243,8 @@ def context_use(
     data, length = found[0].data, found[0].data["context_length"]
     if length % 4:
         raise UserError(f"runs: the context length must be a multiple of 4, got {length}")
-    text, names = choose_windows(TextData(**data).documents("test"), longest * length + 1, windows)
+    source = found[0].text()
+    text, names = choose_windows(source.documents("test"), longest * length + 1, windows)
     text_sha256 = hashlib.sha256(text.numpy().tobytes()).hexdigest()
     settings = Settings(length, found[0].steps, longest, len(text), text_sha256, temperature, tail, data)
     versions = far_versions(text.to(where), names, length)
@@ -260,7 +260,7 @@ def context_use(
         lambda mode: text_tokens + resolution_tokens * (mode.name in RESOLVED),
         documents=names,
     )
-    write_report(cells, names, bins, settings, Path(output))
+    write_report(cells, names, bins, settings, Path(output), source.corpus.tokenizer.unit)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -295,7 +295,12 @@ class Line:
 
 
 def write_report(
-    cells: list[dict[str, Any]], documents: list[str], bins: Tensor, settings: Settings, folder: Path
+    cells: list[dict[str, Any]],
+    documents: list[str],
+    bins: Tensor,
+    settings: Settings,
+    folder: Path,
+    unit: str = "byte",
 ) -> None:
     """Print the table of far context; write report.md and the three plots into the folder."""
     keys = dict.fromkeys((cell["encoding"], cell["mode"]) for cell in cells)
@@ -322,7 +327,7 @@ def write_report(
     )
     filled = [k for k, count in enumerate(counts) if count]
     occurrence = table(
-        ["bytes back", *(bin_name(k, settings) for k in filled)],
+        [f"{unit}s back", *(bin_name(k, settings) for k in filled)],
         [
             ["targets", *(str(counts[k]) for k in filled)],
             *([line.name, *(f"{line.sums[k] / counts[k]:.3f}" for k in filled)] for line in lines),
@@ -343,7 +348,7 @@ def write_report(
         "",
         "## Far context",
         "",
-        f"Loss in nats a byte of the last {settings.targets} bytes of each window, when what lies beyond the last "
+        f"Loss in nats a {unit} of the last {settings.targets} {unit}s of each window, when what lies beyond the last "
         f"L = {length} tokens is absent; then paired differences with 95 % intervals. Below zero, the first of the two "
         "is the better context.",
         "",
@@ -356,8 +361,8 @@ def write_report(
         "",
         "## Last occurrence",
         "",
-        f"Loss in nats a byte of the last {settings.repeats} bytes of each window, by the distance from the target "
-        f"back to the last place where the {NGRAM} bytes that end in it stood before in the window. Far n-grams are "
+        f"Loss in nats a {unit} of the last {settings.repeats} {unit}s of each window, by the distance from the target "
+        f"back to the last place where the {NGRAM} {unit}s that end in it stood before in the window. Far n-grams are "
         "rare ones: compare down a column, not along a row.",
         "",
         *occurrence,
@@ -382,8 +387,8 @@ def write_report(
     ]
     with replacing(folder / "report.md") as draft:
         draft.write_text("\n".join(report))
-    plot_far(lines, documents, length, folder / "context_use.png")
-    plot_occurrence(lines, counts, settings, folder / "occurrence.png")
+    plot_far(lines, documents, length, folder / "context_use.png", unit)
+    plot_occurrence(lines, counts, settings, folder / "occurrence.png", unit)
     plot_resolution(resolved, settings, folder / "resolution.png")
     print("\n".join(["", caption, "", *far, ""]))
     print(f"{folder / 'report.md'} has all tables; the plot is {folder / 'context_use.png'}")
@@ -410,12 +415,12 @@ def spread(values: np.ndarray) -> str:
     return f"{values.mean():.4f}" + f" ({values.min():.4f} to {values.max():.4f})" * (len(values) > 1)
 
 
-def plot_far(lines: list[Line], documents: list[str], length: int, path: Path) -> None:
+def plot_far(lines: list[Line], documents: list[str], length: int, path: Path, unit: str) -> None:
     """Differences against no far context, with intervals, a row for each encoding and mode."""
     figure = Figure(figsize=(9, 5.2), layout="constrained", facecolor="white")
     axes = figure.add_subplot(
-        title=f"What text beyond the last L = {length} bytes changes",
-        xlabel="loss with it less loss without, nats a byte (linear up to 0.01, then logarithmic)",
+        title=f"What text beyond the last L = {length} {unit}s changes",
+        xlabel=f"loss with it less loss without, nats a {unit} (linear up to 0.01, then logarithmic)",
     )
     for row, line in enumerate(lines):
         for shift, (condition, marker) in zip((-0.22, 0, 0.22), MARKERS.items(), strict=True):
@@ -433,10 +438,10 @@ def plot_far(lines: list[Line], documents: list[str], length: int, path: Path) -
     finish(figure, axes, path)
 
 
-def plot_occurrence(lines: list[Line], counts: list[int], settings: Settings, path: Path) -> None:
+def plot_occurrence(lines: list[Line], counts: list[int], settings: Settings, path: Path, unit: str) -> None:
     """Loss against the distance to the last occurrence; on the right, that of targets that have none."""
     figure, axes = new_plot(
-        settings.context_length, f"Loss by where the last {NGRAM} bytes, target included, stood before"
+        settings.context_length, f"Loss by where the last {NGRAM} {unit}s, target included, stood before", unit
     )
     filled = [k for k in range(settings.bins) if counts[k]]
     centres = [math.sqrt(2**k * (2 ** (k + 1) - 1)) for k in filled]
@@ -448,13 +453,13 @@ def plot_occurrence(lines: list[Line], counts: list[int], settings: Settings, pa
             look["linestyle"] = "none"
             axes.plot([never], [line.sums[-1] / counts[-1]], **look)
     octaves = [2**k for k in range(settings.bins + 1)]
-    axes.set_xlabel("distance back to it, bytes (log scale)")
+    axes.set_xlabel(f"distance back to it, {unit}s (log scale)")
     axes.set_xticks([*octaves, never], [*map(str, octaves), "never"])
     axes.xaxis.set_minor_locator(NullLocator())
     finish(figure, axes, path)
 
 
-def plot_resolution(lines: list[Line], settings: Settings, path: Path) -> None:
+def plot_resolution(lines: list[Line], settings: Settings, path: Path, unit: str) -> None:
     """Mean resolution of heads against context length: the mean over seeds, and each seed as a dot."""
     figure, axes = new_plot(settings.context_length, "Attention resolution of heads, by context length")
     for line in lines:
@@ -463,7 +468,7 @@ def plot_resolution(lines: list[Line], settings: Settings, path: Path) -> None:
         axes.plot(settings.contexts, each.mean(1), label=line.name, **look)
         axes.plot(settings.contexts, each, ".", color=look["color"], markersize=3)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.set_xlabel("context length, bytes (log scale)")
+    axes.set_xlabel(f"context length, {unit}s (log scale)")
     axes.set_ylabel("attention resolution R, no unit")
     axes.set_xticks(settings.contexts, [str(context) for context in settings.contexts])
     axes.xaxis.set_minor_formatter(NullFormatter())

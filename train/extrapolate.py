@@ -9,12 +9,13 @@ once and targets see the same number of keys at every context from L on.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
@@ -23,11 +24,11 @@ from tqdm import tqdm
 
 from train.baselines import SlidingWindow
 from train.cells import checked_device, measure_cells
+from train.corpus import Document
 from train.errors import UserError, parsed, told_in_one_line
 from train.modes import STANDARD_MODES, Mode, all_modes
-from train.report import write_report
+from train.report import Unit, write_report
 from train.runs import find_runs
-from train.text import Document, TextData
 from xpos_zoo import Transformer
 
 TOKENS_AT_ONCE = 8192
@@ -59,7 +60,7 @@ class Settings:
         return [self.context_length * 2**k // 4 for k in range(int(math.log2(self.longest)) + 3)]
 
 
-def choose_windows(documents: list[Document], length: int, count: int) -> tuple[Tensor, list[str]]:
+def choose_windows(documents: Sequence[Document], length: int, count: int) -> tuple[Tensor, list[str]]:
     """Up to `count` windows (w, length) that do not overlap, from as many documents as possible, and their names.
 
     They are cut from a document's middle, so that early positions are no easier or harder than late ones: files begin
@@ -73,15 +74,18 @@ def choose_windows(documents: list[Document], length: int, count: int) -> tuple[
     if not long_enough:
         longest = max(len(document.tokens) for document in documents)
         raise UserError(
-            f"longest: no held-out document has the {length} bytes that a window takes, the longest has {longest}; "
+            f"longest: no held-out document has the {length} tokens that a window takes, the longest has {longest}; "
             "lower --longest or hold out longer files"
         )
     for turn in range(max(len(document.tokens) // length for document in long_enough)):
+        if len(chosen) >= count:
+            break
         for document in long_enough:
             fit, rest = divmod(len(document.tokens), length)
             start = rest // 2 + turn * length
             if turn < fit:
-                chosen.append((document.name, document.tokens[start : start + length].long()))
+                tokens = document.tokens[start : start + length].astype(np.int64)
+                chosen.append((document.name, torch.from_numpy(tokens)))
     names, windows = zip(*chosen[:count], strict=True)
     return torch.stack(windows), list(names)
 
@@ -205,7 +209,8 @@ def extrapolate(
     data, length = found[0].data, found[0].data["context_length"]
     if length % 4:
         raise UserError(f"runs: the context length must be a multiple of 4, got {length}")
-    text, names = choose_windows(TextData(**data).documents("test"), longest * length + 1, windows)
+    source = found[0].text()
+    text, names = choose_windows(source.documents("test"), longest * length + 1, windows)
     text_sha256 = hashlib.sha256(text.numpy().tobytes()).hexdigest()
     settings = Settings(length, found[0].steps, longest, len(text), text_sha256, temperature, tail, data)
     text = text.to(where)
@@ -219,7 +224,8 @@ def extrapolate(
         lambda mode: cost(mode, text, settings),
         documents=names,
     )
-    write_report(cells, names, settings.contexts, settings.steps, Path(output))
+    unit = Unit(source.corpus.tokenizer.unit, source.tokens_per_byte("test"))
+    write_report(cells, names, settings.contexts, settings.steps, Path(output), unit)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
-"""Files that are whole or not there, whenever a run is stopped."""
+"""Files and folders that are whole or not there, whenever a run is stopped."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,3 +22,20 @@ def replacing(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """As `replacing`, a folder to write into; what an earlier process left of a draft goes first."""
+    draft, old = (path.with_name(f"{path.name}.{kind}") for kind in ("draft", "old"))
+    for rest in (draft, old):
+        shutil.rmtree(rest, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if path.exists():
+            path.rename(old)
+        draft.rename(path)
+    finally:
+        for rest in (draft, old):
+            shutil.rmtree(rest, ignore_errors=True)

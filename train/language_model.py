@@ -1,4 +1,4 @@
-"""The language model that Lightning trains: next-byte prediction with a `Transformer`."""
+"""The language model that Lightning trains: next-token prediction with a `Transformer`."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, Se
 
 from train.baselines import ALiBi, NoPositions
 from train.errors import UserError
-from train.text import VOCAB_SIZE
+from train.tokens import VOCAB_SIZE
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 
 POSITIONS = (XPOS, RotaryEmbedding, ALiBi, NoPositions)  # imported, so that YAML can name them without their module
@@ -28,8 +28,9 @@ DIVERGED = (
     "try a lower model.learning_rate or trainer.gradient_clip_val, under a --name of its own"
 )
 
-# Windows (b, n + 1), each token of which but the first is predicted; or inputs and targets, (b, n) each.
-Batch = Tensor | tuple[Tensor, Tensor] | list[Tensor]
+# Windows (b, n + 1), each token of which but the first is predicted; or inputs, targets and, where tokens see none of
+# another document, the number of each input's document, (b, n) each.
+Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 
 
 class Positions(Protocol):
@@ -57,6 +58,7 @@ class LanguageModel(L.LightningModule):
         weight_decay: on matrices; none on norms.
         compile: whether each layer is compiled (a graph a layer, which works under every strategy).
         checkpoint_activations: keep a layer's input alone for the backward pass, and compute the rest again.
+        vocab_size: how many tokens there are; the data's own.
 
     Raises:
         UserError: a size or rate is out of range, or scale_base is given within `positions`, or where it
@@ -81,6 +83,7 @@ class LanguageModel(L.LightningModule):
         compile: bool = False,
         schedule: Schedule = "cosine",
         checkpoint_activations: bool = False,
+        vocab_size: int = VOCAB_SIZE,
     ):
         super().__init__()
         if not learning_rate > 0:
@@ -120,7 +123,7 @@ class LanguageModel(L.LightningModule):
 
         try:
             self.transformer = Transformer(
-                VOCAB_SIZE,
+                vocab_size,
                 embed_dim,
                 num_layers,
                 num_heads,
@@ -146,13 +149,13 @@ class LanguageModel(L.LightningModule):
             for module in (*self.transformer.layers, self.transformer):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.transformer(tokens)
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        return self.transformer(tokens, document_ids=document_ids)
 
     def predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (b n, vocabulary) and targets (b n,)."""
-        inputs, targets = (batch[:, :-1], batch[:, 1:]) if isinstance(batch, Tensor) else batch
-        logits = self(inputs).flatten(0, 1)
+        inputs, targets, *document_ids = (batch[:, :-1], batch[:, 1:]) if isinstance(batch, Tensor) else batch
+        logits = self(inputs, *document_ids).flatten(0, 1)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
 
     def loss(self, batch: Batch) -> Tensor:
@@ -162,7 +165,8 @@ class LanguageModel(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         self._note(loss)
-        self.log("train_bits_per_byte", loss.detach() / math.log(2), prog_bar=True)
+        self.log("train_bits_per_byte", self._bits_per_byte("train", loss.detach()), prog_bar=True)
+        self.log("train_nats_per_token", loss.detach())
         return loss
 
     def _note(self, loss: Tensor) -> None:
@@ -199,8 +203,14 @@ class LanguageModel(L.LightningModule):
         logits, targets = self.predictions(batch)
         loss = cross_entropy(logits, targets, ignore_index=IGNORED)
         right = (logits.argmax(-1) == targets)[targets != IGNORED].float().mean()
-        measures = {f"{split}_bits_per_byte": loss / math.log(2), f"{split}_accuracy": right}
+        measures = {f"{split}_bits_per_byte": self._bits_per_byte(split, loss), f"{split}_accuracy": right}
         self.log_dict(measures, prog_bar=prog_bar, sync_dist=True)
+        self.log(f"{split}_nats_per_token", loss, sync_dist=True)
+
+    def _bits_per_byte(self, split: str, loss: Tensor) -> Tensor:
+        """Of a loss in nats a token; data that does not say how many tokens a byte has has one."""
+        tokens_per_byte = getattr(getattr(self.trainer, "datamodule", None), "tokens_per_byte", None)
+        return loss / math.log(2) * (1.0 if tokens_per_byte is None else tokens_per_byte(split))
 
     def configure_optimizers(self) -> Any:
         matrices = [p for p in self.parameters() if p.ndim >= 2]

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,21 @@ COLOURS = {"xPos": "#0072B2", "RoPE": "#D55E00", "ALiBi": "#009E73", "no positio
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1, 1, 1)), "v"), ((0, (1, 3)), "P")]
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What a token is called, and how many a byte of text has."""
+
+    name: str = "byte"
+    tokens_per_byte: float = 1.0
+
+
 def write_report(
-    cells: list[dict[str, Any]], documents: list[str], contexts: list[int], steps: int, folder: Path
+    cells: list[dict[str, Any]],
+    documents: list[str],
+    contexts: list[int],
+    steps: int,
+    folder: Path,
+    unit: Unit = Unit(),
 ) -> None:
     """Print the table and the verdicts; write report.md, summary.json and the two plots into the folder."""
     keys = dict.fromkeys((cell["encoding"], cell["mode"]) for cell in cells)
@@ -35,13 +49,13 @@ def write_report(
         f"{len(documents)} windows of {len(set(documents))} held-out documents, "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
         f"trained at L = {length} for {steps} steps; "
-        f"the same last {length // 2} bytes of each window are predicted at every context."
+        f"the same last {length // 2} {unit.name}s of each window are predicted at every context."
     )
 
     def table(title: str, entry: Any) -> list[str]:
         return [f"## {title}", "", *markdown(lines, contexts, length, entry), ""]
 
-    main = table("Loss, nats a byte", lambda line, c: f"{line.mean(c):.3f}")
+    main = table(f"Loss, nats a {unit.name}", lambda line, c: f"{line.mean(c):.3f}")
     report = [
         "# Loss against context length",
         "",
@@ -49,12 +63,12 @@ def write_report(
         "",
         *main,
         *table(
-            "Difference against context L, nats a byte, with 95 % interval",
+            f"Difference against context L, nats a {unit.name}, with 95 % interval",
             lambda line, c: "{:+.3f} [{:+.3f}, {:+.3f}]".format(*rises[line.name][c]),
         ),
-        *table("Perplexity a byte", lambda line, c: f"{math.exp(line.mean(c)):.2f}"),
-        *table("Bits a byte", lambda line, c: f"{line.mean(c) / math.log(2):.3f}"),
-        *chunked_table(lines, contexts, length),
+        *table(f"Perplexity a {unit.name}", lambda line, c: f"{math.exp(line.mean(c)):.2f}"),
+        *table("Bits a byte", lambda line, c: f"{line.mean(c) / math.log(2) * unit.tokens_per_byte:.3f}"),
+        *chunked_table(lines, contexts, length, unit.name),
         "## Thresholds",
         "",
         *(f"- {verdict}" for verdict in found),
@@ -82,8 +96,8 @@ def write_report(
     ]
     with replacing(folder / "summary.json") as draft:
         draft.write_text(json.dumps({"caption": caption, "cells": summary, "thresholds": found}, indent=1))
-    plot_contexts(lines, contexts, documents, folder / "extrapolation.png")
-    plot_positions(lines, length, folder / "by_position.png")
+    plot_contexts(lines, contexts, documents, folder / "extrapolation.png", unit.name)
+    plot_positions(lines, length, folder / "by_position.png", unit.name)
     print("\n".join(["", caption, "", *main, *found, ""]))
     print(f"{folder / 'report.md'} has all tables; the plot is {folder / 'extrapolation.png'}")
 
@@ -105,35 +119,35 @@ def markdown(lines: list[Measured], contexts: list[int], length: int, entry: Any
     return [row(heads), row("-" * width for width in widths), *map(row, rows)]
 
 
-def chunked_table(lines: list[Measured], contexts: list[int], length: int) -> list[str]:
+def chunked_table(lines: list[Measured], contexts: list[int], length: int, unit: str) -> list[str]:
     """The paper's own measure, for the lines that have it."""
     chunked = [line for line in lines if line.chunked]
     if not chunked:
         return []
     return [
-        "## Perplexity a byte of text cut into pieces of each length, as the paper's Table 5 has it",
+        f"## Perplexity a {unit} of text cut into pieces of each length, as the paper's Table 5 has it",
         "",
-        "Not the same targets at every length: in longer pieces fewer bytes are early ones, which have little context, "
-        "so this falls with length by itself.",
+        f"Not the same targets at every length: in longer pieces fewer {unit}s are early ones, which have little "
+        "context, so this falls with length by itself.",
         "",
         *markdown(chunked, contexts, length, lambda line, c: f"{math.exp(line.chunked[c].mean()):.2f}"),
         "",
     ]
 
 
-def plot_contexts(lines: list[Measured], contexts: list[int], documents: list[str], path: Path) -> None:
+def plot_contexts(lines: list[Measured], contexts: list[int], documents: list[str], path: Path, unit: str) -> None:
     """Loss against context length: a panel for each mode, a line with its 95 % interval for each encoding."""
     length = 4 * contexts[0]
-    figure, panels = new_panels(lines, "Loss of the same bytes, by how much context comes before them", length)
+    figure, panels = new_panels(lines, f"Loss of the same {unit}s, by how much context comes before them", length)
     for line in lines:
         axes, losses = panels[line.mode], [line.mean(context) for context in contexts]
         axes.plot(contexts, losses, marker="o", color=colour_of(line), label=line.encoding, **weight(line, 4))
         low, high = zip(*(interval(line.losses[c], documents) for c in contexts), strict=True)
         axes.fill_between(contexts, low, high, color=colour_of(line), alpha=0.15, linewidth=0)
-    finish_panels(figure, panels, contexts, length, "context length", path)
+    finish_panels(figure, panels, contexts, length, "context length", path, unit)
 
 
-def plot_positions(lines: list[Measured], length: int, path: Path) -> None:
+def plot_positions(lines: list[Measured], length: int, path: Path, unit: str) -> None:
     """Loss by position in the longest windows, in logarithmic bins, with the level just below L drawn as the floor."""
     figure, panels = new_panels(lines, "Loss by position in the longest window", length)
     for line in lines:
@@ -144,7 +158,7 @@ def plot_positions(lines: list[Measured], length: int, path: Path) -> None:
         axes.axhline(floor, color=colour_of(line), linewidth=0.8, linestyle="--")
     octaves = [length // 2**k for k in (5, 3, 1)] + [length * 2**k for k in (0, 2, 4, 6)]
     ticks = [tick for tick in octaves if 0 < tick <= len(lines[0].by_position)]
-    finish_panels(figure, panels, ticks, length, "position (dashed: mean over (L/2, L])", path)
+    finish_panels(figure, panels, ticks, length, "position (dashed: mean over (L/2, L])", path, unit)
 
 
 def logarithmic_bins(losses: np.ndarray, bins_per_octave: int = 2) -> tuple[list[float], list[float]]:
@@ -190,12 +204,12 @@ def new_panels(lines: list[Measured], title: str, length: int) -> tuple[Figure, 
 
 
 def finish_panels(
-    figure: Figure, panels: dict[str, Axes], ticks: list[int], length: int, label: str, path: Path
+    figure: Figure, panels: dict[str, Axes], ticks: list[int], length: int, label: str, path: Path, unit: str
 ) -> None:
     first = next(iter(panels.values()))
     first.set_xticks(ticks, [in_lengths(tick, length).replace(" L", "").replace("L", "1", 1) for tick in ticks])
-    figure.supxlabel(f"{label}, in trained lengths (vertical line: L = {length} bytes)", fontsize="medium")
-    figure.supylabel("loss, nats a byte", fontsize="medium")
+    figure.supxlabel(f"{label}, in trained lengths (vertical line: L = {length} {unit}s)", fontsize="medium")
+    figure.supylabel(f"loss, nats a {unit}", fontsize="medium")
     handles: dict[str, Any] = {}
     for axes in panels.values():
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -205,10 +219,10 @@ def finish_panels(
         figure.savefig(draft, format="png", dpi=150)
 
 
-def new_plot(length: int, title: str) -> tuple[Figure, Axes]:
+def new_plot(length: int, title: str, unit: str = "byte") -> tuple[Figure, Axes]:
     with mpl.rc_context({"font.size": 11}):
         figure = Figure(figsize=(9, 5.2), layout="constrained", facecolor="white")
-        axes = figure.add_subplot(title=title, ylabel="loss, nats a byte")
+        axes = figure.add_subplot(title=title, ylabel=f"loss, nats a {unit}")
     axes.set_xscale("log", base=2)
     axes.axvline(length, color="black", linewidth=1)
     axes.text(length, 1.0, f" trained length L = {length}", transform=axes.get_xaxis_transform(), va="top")

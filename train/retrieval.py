@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from train.__main__ import main as train
 from train.errors import UserError
 from train.language_model import IGNORED
-from train.text import VOCAB_SIZE, RandomBatches
+from train.text import RandomBatches
+from train.tokens import VOCAB_SIZE
 
 KEYS = VALUES = 12  # how many there are
 BINDINGS = range(VOCAB_SIZE - KEYS * VALUES, VOCAB_SIZE)  # tokens: of key k and value v, number k * VALUES + v
@@ -140,6 +141,7 @@ class RecallData(L.LightningDataModule):
         if couples > most:
             raise UserError(f"data.couples must be at most {most} with context_length {context_length}, got {couples}")
         self.save_hyperparameters()
+        self.vocab_size = VOCAB_SIZE
         self.context_length = context_length
         self.batch_size = batch_size
         self.couples = couples

@@ -10,6 +10,7 @@ import torch
 from train.checkpoint import difference, load_checkpoint
 from train.errors import UserError
 from train.language_model import LanguageModel
+from train.text import CACHE, TextData
 from xpos_zoo import Transformer
 
 ENCODINGS = {"XPOS": "xPos", "RotaryEmbedding": "RoPE", "NoPositions": "no positions"}  # as the literature calls them
@@ -17,18 +18,29 @@ ENCODINGS = {"XPOS": "xPos", "RotaryEmbedding": "RoPE", "NoPositions": "no posit
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is trained for: the command that trains it, and which settings of its data decide on the targets."""
+    """What a model is trained for: the command that trains it, and which settings of its data decide on the targets.
+
+    Those that are `seldom` set stand here with their defaults, and in a run's data where it has them otherwise.
+    """
 
     command: str
     data: tuple[str, ...]
+    seldom: tuple[tuple[str, Any], ...] = ()
 
 
-TEXT = Task("python -m train fit", ("context_length", "paths", "val_fraction", "test_fraction", "split_by"))
+TEXT = Task(
+    "python -m train fit",
+    ("context_length", "paths", "val_fraction", "test_fraction", "split_by"),
+    (("dataset", None), ("field", "text"), ("id_field", None), ("tokenizer", "bytes"), ("tokenizer_size", None)),
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training: its folder, its encoding and seed, where its weights are, after how many steps, and from what."""
+    """A training: its folder, its encoding and seed, where its weights are, after how many steps, and from what.
+
+    `data` is what decides on the targets, `cache` is where text is kept, and `tokenizer` what its tokenizer.json holds.
+    """
 
     folder: Path
     checkpoint: Path
@@ -38,6 +50,20 @@ class Run:
     data: dict[str, Any]
     recipe: dict[str, Any]  # all else that seeds of one encoding share
     positions: dict[str, Any]  # of the recipe, what encodings may differ in
+    cache: str = CACHE
+    tokenizer: str | None = None
+
+    def text(self) -> TextData:
+        """The text that it was trained on.
+
+        Raises:
+            UserError: its tokens are not what they were.
+        """
+        text = TextData(**self.data, cache=self.cache)
+        if text.corpus.tokenizer.to_json() != self.tokenizer:
+            given = self.data.get("tokenizer", "bytes")
+            raise UserError(f"{self.folder} was trained with another tokenizer than {given} gives now")
+        return text
 
     def model(self, device: torch.device) -> Transformer:
         try:
@@ -75,6 +101,10 @@ def find_runs(folders: list[str], task: Task = TEXT) -> list[Run]:
                 f"runs: {run.folder} has {run.steps} steps and {runs[0].folder} has {runs[0].steps}; "
                 f"`{task.command}` goes on with one that was interrupted"
             )
+        if run.tokenizer != runs[0].tokenizer:
+            raise UserError(
+                f"runs: {run.folder} and {runs[0].folder} have tokenizers that differ, so no common targets"
+            )
         if changed := difference(run.recipe, runs[0].recipe):
             raise UserError(f"runs: {runs[0].folder} is trained otherwise than {run.folder} ({changed})")
     for run, other in combinations(runs, 2):
@@ -92,14 +122,18 @@ def read_run(path: Path, task: Task) -> Run:
     if lacking := [name for name in task.data if name not in data]:
         raise UserError(f"runs: {path} has no data.{lacking[0]}: it is no run of `{task.command}`, or an older one")
     encoding = str(model["positions"]["class_path"]).rpartition(".")[2]
-    apart = {"positions", "scale_base", "context_length", "compile", "_instantiator"}
+    apart = {"positions", "scale_base", "context_length", "vocab_size", "compile", "_instantiator"}
     return Run(
         folder=path.parent.parent,
         checkpoint=path,
         encoding=ENCODINGS.get(encoding, encoding),
         seed=data["seed"],
         steps=content["global_step"],
-        data={name: data[name] for name in task.data},
-        recipe={"batch_size": data["batch_size"]} | {k: v for k, v in model.items() if k not in apart},
+        data={name: data[name] for name in task.data}
+        | {name: data[name] for name, default in task.seldom if data.get(name, default) != default},
+        recipe={"batch_size": data["batch_size"], "separate_documents": data.get("separate_documents", False)}
+        | {k: v for k, v in model.items() if k not in apart},
         positions={name: model[name] for name in ("positions", "scale_base")},
+        cache=data.get("cache", CACHE),
+        tokenizer=content.get(TextData.__qualname__, {}).get("tokenizer"),
     )

@@ -1,6 +1,5 @@
 """`python -m train.sample --checkpoint runs/xpos/seed1 --prompt "def "`: text from a trained model, as it comes."""
 
-import codecs
 from pathlib import Path
 
 import torch
@@ -9,6 +8,8 @@ from jsonargparse import ArgumentParser
 from train.checkpoint import load_checkpoint
 from train.errors import UserError, parsed, told_in_one_line
 from train.language_model import LanguageModel
+from train.text import TextData
+from train.tokens import restored
 
 
 def sample(
@@ -23,15 +24,15 @@ def sample(
     compile: bool = False,
     device: str = "cpu",
 ) -> None:
-    """Print the prompt and what the model makes of it, byte by byte.
+    """Print the prompt and what the model makes of it, as soon as it makes it.
 
     Args:
         checkpoint: a checkpoint of `python -m train fit`, or the folder of a run, whose last one is meant.
         prompt: how the text begins; at least one character.
-        max_new_tokens: bytes to draw. Any number: blockwise attention takes the same time and memory for each.
-        temperature: divides the logits; 0 takes the likeliest byte.
-        top_k: draw among the k likeliest bytes only.
-        top_p: draw among the fewest bytes whose probabilities sum to p.
+        max_new_tokens: tokens to draw. Any number: blockwise attention takes the same time and memory for each.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens only.
+        top_p: draw among the fewest tokens whose probabilities sum to p.
         seed: of the random numbers; the same seed gives the same text.
         block_size: of blockwise attention; by default half the trained length. 0 attends to the whole text.
         compile: compile the step; worth it for long texts.
@@ -43,18 +44,22 @@ def sample(
     path = Path(checkpoint)
     if path.is_dir():
         path = path / "checkpoints" / "last.ckpt"
-    load_checkpoint(path)
+    content = load_checkpoint(path)
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"device must be cpu{', or cuda' * torch.cuda.is_available()}, got {device}")
     if not prompt:
         raise UserError("prompt must have at least one character, got none")
     try:
-        prompt_bytes = prompt.encode()
+        prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"prompt must be valid UTF-8, got {prompt!r}") from error
+    tokenizer = restored(content.get(TextData.__qualname__, {}).get("tokenizer"))
+    begun = tokenizer.encode([prompt])[0].tolist()
+    if not begun:
+        raise UserError(f"prompt must have at least one token, {prompt!r} has none")
     module = LanguageModel.load_from_checkpoint(path, map_location=device, weights_only=True).eval()
     model = module.transformer
-    tokens = torch.tensor([list(prompt_bytes)], device=device)
+    tokens = torch.tensor([begun], device=device)
     try:
         model.block_size = module.hparams["context_length"] // 2 if block_size is None else block_size or None
         stream = model.stream(
@@ -68,14 +73,16 @@ def sample(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder = tokenizer.decoder()
+    for token in begun:
+        decoder.add(token)
     print(prompt, end="", flush=True)
     try:
         for token in stream:
-            print(decoder.decode(bytes(token.tolist())), end="", flush=True)
+            print(decoder.add(int(token)), end="", flush=True)
     except KeyboardInterrupt:
         pass  # enough text
-    print(decoder.decode(b"", final=True))
+    print(decoder.end())
 
 
 def main(args: list[str] | None = None) -> None:

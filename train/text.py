@@ -1,12 +1,11 @@
-"""Text as training data: whole files become training, validation or test documents by a hash of their names."""
+"""Text as training data: whole documents are for training, validation or test, by a hash of their names."""
 
 import hashlib
 import math
-import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -14,98 +13,43 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from train.corpus import Corpus, Request, Split
 from train.errors import UserError
+from train.sources import Fields, Source
+from train.tokens import tokenizer_of
 
-VOCAB_SIZE = 256  # bytes are the tokens
-SEPARATOR = b"\0"  # between documents that are joined for training: it occurs in no text
 SplitBy = Literal["file", "folder"]
-NOT_SOURCE = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text file: its name, relative to the folder that was asked for, and its bytes (n,) as uint8."""
-
-    name: str
-    tokens: Tensor
-
-
-def standard_library() -> dict[Path, str]:
-    """The source of the running Python's standard library, without tests: text that every machine has."""
-    root = Path(sysconfig.get_path("stdlib"))
-    names = {path: path.relative_to(root) for path in root.rglob("*.py")}
-    return {path: name.as_posix() for path, name in names.items() if not NOT_SOURCE.intersection(name.parts)}
-
-
-def text_files(paths: list[str]) -> dict[Path, str]:
-    """The files named, all below the folders named, and all that patterns with * match, each once, and their names.
-
-    Hidden files are left out of folders and patterns. A name is relative to the folder, or to a pattern's part before
-    its first *; a file that is reached in several ways has the name that it has in the outermost folder, whatever
-    their order.
-    """
-    names: dict[Path, str] = {}
-    for given in sorted(map(Path, paths), key=Path.resolve):
-        folder = next(path for path in (given, *given.parents) if "*" not in str(path))
-        if given.is_file():
-            found = {given: given.resolve().name}
-        elif folder.is_dir():
-            pattern = "**/*" if folder == given else str(given.relative_to(folder))
-            below = {path: path.relative_to(folder) for path in sorted(folder.glob(pattern)) if path.is_file()}
-            found = {p: name.as_posix() for p, name in below.items() if not any(n.startswith(".") for n in name.parts)}
-        else:
-            raise UserError(f"data.paths: there is no file or folder {str(given)!r}")
-        if not found:
-            raise UserError(f"data.paths: there is no file in {str(given)!r}")
-        for path, name in found.items():
-            names.setdefault(path.resolve(), name)
-    return names
-
-
-def read_documents(paths: list[str] | None) -> list[Document]:
-    """All documents in the order of their names; files that are empty, not UTF-8, or hold a NUL are left out.
-
-    Raises:
-        UserError: a path does not exist or cannot be read, or there is no text in any.
-    """
-    documents = []
-    names = standard_library() if paths is None else text_files(paths)
-    for path, name in sorted(names.items(), key=lambda item: (item[1], item[0])):
-        try:
-            content = path.read_bytes()
-            content.decode()
-        except UnicodeDecodeError:
-            continue
-        except OSError as error:
-            raise UserError(f"data.paths: {path} cannot be read: {error.strerror}") from error
-        if content and SEPARATOR not in content:
-            documents.append(Document(name, torch.frombuffer(bytearray(content), dtype=torch.uint8)))
-    if not documents:
-        raise UserError(f"data.paths: no file with UTF-8 text in {'the standard library' if paths is None else paths}")
-    return documents
+CACHE = "runs/.cache"
 
 
 def split_of(name: str, val_fraction: float, test_fraction: float, split_by: SplitBy = "file") -> str:
     """train, val or test, from a hash of the document's name alone, or of its first part, the outermost folder."""
     name = name if split_by == "file" else name.split("/", 1)[0]
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    place = int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64
     if place < test_fraction:
         return "test"
     return "val" if place < test_fraction + val_fraction else "train"
 
 
-class Windows(Dataset[Tensor]):
-    """Item i is the window of `length` tokens that starts at `i * stride`, as int64."""
+class Windows(Dataset[Tensor | tuple[Tensor, ...]]):
+    """Item i is the window of `length` tokens that starts at `i * stride` in a split's text, as int64.
 
-    def __init__(self, tokens: Tensor, length: int, stride: int = 1):
-        self.tokens, self.length, self.stride = tokens, length, stride
+    With a `separator`, it comes as inputs, targets, and the numbers of the inputs' documents, (length - 1,) each. What
+    separates two documents is the end of the first as a target, and the beginning of the second as an input.
+    """
+
+    def __init__(self, split: Split, length: int, stride: int = 1, separator: int | None = None):
+        self.split, self.length, self.stride, self.separator = split, length, stride, separator
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - self.length) // self.stride + 1)
+        return max(0, (len(self.split.tokens) - self.length) // self.stride + 1)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor | tuple[Tensor, ...]:
         start = index * self.stride
-        return self.tokens[start : start + self.length].long()
+        window = torch.from_numpy(self.split.tokens[start : start + self.length].astype(np.int64))
+        if self.separator is None:
+            return window
+        return window[:-1], window[1:], (window[:-1] == self.separator).cumsum(0)
 
 
 class RandomBatches(Sampler[list[int]]):
@@ -124,22 +68,34 @@ class RandomBatches(Sampler[list[int]]):
 
 
 class TextData(L.LightningDataModule):
-    """Windows of `context_length + 1` bytes from text files.
+    """Windows of `context_length + 1` tokens of text.
 
     Args:
         context_length: training length L in tokens; a window has one more, the last target.
         paths: text files, folders of them, or patterns such as `texts/**/*.txt`; by default the source of Python's
-            standard library.
+            standard library. JSON lines (.jsonl, .ndjson) and Parquet (.parquet) have a document a record. All may be
+            compressed (.gz, .zst).
+        dataset: in place of paths, a Hugging Face data set, from a hub or a folder: its name, or the arguments of
+            `datasets.load_dataset`, such as `{path: wikitext, name: wikitext-103-raw-v1}`; its split is train and
+            streamed unless they say otherwise.
+        field: of a record, what holds the text.
+        id_field: of a record, what names the document, which decides on its split; by default its number in the file.
         batch_size: windows a step and device.
-        val_fraction: share of the files that is held out for validation.
-        test_fraction: share of the files that is held out for `test` and for the extrapolation measure.
-        split_by: what is held out as a whole: each file by itself, or all of an outermost folder, such as a package.
+        val_fraction: share of the documents that is held out for validation.
+        test_fraction: share of the documents that is held out for `test` and for the extrapolation measure.
+        split_by: what is held out as a whole: each document by itself, or all whose names have the same first part: an
+            outermost folder, such as a package, or a file of records.
         max_val_windows: how many windows, evenly spread, validation and test use at most.
         num_workers: processes that load data; 0 loads in the training process.
         seed: of the random windows; `seed_everything` sets it.
+        cache: folder for the tokenised text, which is made once for each source, and anew when that has changed.
+        tokenizer: bytes, the path of a `tokenizer.json`, or bpe, which learns one from the documents for training.
+        tokenizer_size: how many tokens bpe is to learn; for others, room for so many, by default as many as they have.
+        separate_documents: whether tokens of a window attend to their own document alone.
 
     Raises:
-        UserError: a size is too small, a fraction is outside (0, 1), or, in `setup`, there is not enough text.
+        UserError: a size is too small, a fraction is out of range, or, in `setup`, the source cannot be read or has
+            not enough text.
     """
 
     def __init__(
@@ -153,6 +109,13 @@ class TextData(L.LightningDataModule):
         max_val_windows: int = 512,
         num_workers: int = 0,
         seed: int = 1,
+        dataset: str | dict[str, Any] | None = None,
+        field: str = "text",
+        id_field: str | None = None,
+        cache: str = CACHE,
+        tokenizer: str = "bytes",
+        tokenizer_size: int | None = None,
+        separate_documents: bool = False,
     ):
         super().__init__()
         for name, size, least in (
@@ -166,37 +129,60 @@ class TextData(L.LightningDataModule):
         for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < fraction < 0.5:
                 raise UserError(f"data.{name} must be between 0 and 0.5, got {fraction}")
+        options = {"path": dataset} if isinstance(dataset, str) else dataset
+        if options is not None and paths is not None:
+            raise UserError("data.dataset and data.paths are two sources; give one")
+        if options is not None and "path" not in options:
+            raise UserError(f"data.dataset must have a path, a folder or a hub's name, got {options}")
         self.save_hyperparameters()
         self.context_length = context_length
-        self.paths = paths
+        self.source = Source(paths, options, Fields(field, id_field))
         self.batch_size = batch_size
-        self.split = val_fraction, test_fraction, split_by
+        self.shares = {"val_fraction": val_fraction, "test_fraction": test_fraction, "split_by": split_by}
         self.max_val_windows = max_val_windows
         self.num_workers = num_workers
         self.seed = seed
-        self._splits: dict[str, list[Document]] = {}
+        self.cache = Path(cache)
+        self.separate_documents = separate_documents
+        self.tokenizer, self.vocab_size = tokenizer_of(tokenizer, tokenizer_size)
 
-    def documents(self, split: str) -> list[Document]:
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The tokenised text.
+
+        Raises:
+            UserError: the source cannot be read, or has no text.
+        """
+        request = Request(self.source, self.tokenizer, partial(split_of, **self.shares), self.shares)
+        corpus = request.corpus(self.cache)
+        if not corpus.documents:
+            raise UserError(f"{self.source.option}: no document with UTF-8 text in {self.source.described}")
+        return corpus
+
+    def documents(self, split: str) -> Split:
         """The documents of `split`: train, val or test.
 
         Raises:
-            UserError: `read_documents` does, or the split got no document.
+            UserError: there is no text, or the split got no document.
         """
-        if not self._splits:
-            splits: dict[str, list[Document]] = {"train": [], "val": [], "test": []}
-            for document in read_documents(self.paths):
-                splits[split_of(document.name, *self.split)].append(document)
-            self._splits = splits
-        if not self._splits[split]:
-            count = sum(map(len, self._splits.values()))
+        documents = self.corpus.split(split)
+        if not len(documents):
             change = (
                 "lower data.val_fraction and data.test_fraction" if split == "train" else f"raise data.{split}_fraction"
             )
             raise UserError(
-                f"data.paths: none of the {count} files with text fell to the {split} split, which holds out whole "
-                f"files; give more files, or {change}"
+                f"{self.source.option}: none of the {self.corpus.documents} documents with text fell to the {split} "
+                f"split, which holds out whole documents; give more, or {change}"
             )
-        return self._splits[split]
+        return documents
+
+    def tokens_per_byte(self, split: str) -> float:
+        """Of the split's text, separators being one of each: what makes losses of different tokens comparable."""
+        return self.corpus.count(split, "tokens") / self.corpus.count(split, "bytes")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the text's hash, and the tokenizer, without which its model is of no use."""
+        return {"text_sha256": self.corpus.manifest["text_sha256"], "tokenizer": self.corpus.tokenizer.to_json()}
 
     def setup(self, stage: str) -> None:
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]
@@ -230,12 +216,13 @@ class TextData(L.LightningDataModule):
         return DataLoader(self._windows(split, stride), batch_size=self.batch_size, num_workers=self.num_workers)
 
     def _windows(self, split: str, stride: int) -> Windows:
-        separator = torch.tensor(list(SEPARATOR), dtype=torch.uint8)
-        tokens = torch.cat([part for document in self.documents(split) for part in (document.tokens, separator)])
-        windows = Windows(tokens, self.context_length + 1, stride)
+        documents = self.documents(split)
+        separator = self.corpus.tokenizer.separator if self.separate_documents else None
+        windows = Windows(documents, self.context_length + 1, stride, separator)
         if not len(windows):
             raise UserError(
-                f"data: the {split} text has {len(tokens)} bytes, less than one window of "
-                f"data.context_length + 1 = {self.context_length + 1}; give more text, or lower data.context_length"
+                f"data: the {split} text has {len(documents.tokens)} {self.corpus.tokenizer.unit}s, less than one "
+                f"window of data.context_length + 1 = {self.context_length + 1}; give more text, or lower "
+                "data.context_length"
             )
         return windows
