@@ -311,7 +311,7 @@ def test_lines_that_coincide_are_both_seen_in_the_plot(tmp_path: Path) -> None:
     colours = []
     for encodings in (("xPos",), ("RoPE",), ("xPos", "RoPE"), ("RoPE", "xPos")):
         lines = [Measured([cell(encoding, "BCA", flat)]) for encoding in encodings]
-        plot_contexts(lines, CONTEXTS, DOCUMENTS, tmp_path / "plot.png")
+        plot_contexts(lines, CONTEXTS, DOCUMENTS, tmp_path / "plot.png", "byte")
         picture = imread(tmp_path / "plot.png")[:, :800, :3]  # without the legend
         red, _, blue = picture.transpose(2, 0, 1)
         colours.append((int((blue > red + 0.2).sum()), int((red > blue + 0.2).sum())))

@@ -389,7 +389,7 @@ def write_report(
         draft.write_text("\n".join(report))
     plot_far(lines, documents, length, folder / "context_use.png", unit)
     plot_occurrence(lines, counts, settings, folder / "occurrence.png", unit)
-    plot_resolution(resolved, settings, folder / "resolution.png")
+    plot_resolution(resolved, settings, folder / "resolution.png", unit)
     print("\n".join(["", caption, "", *far, ""]))
     print(f"{folder / 'report.md'} has all tables; the plot is {folder / 'context_use.png'}")
 
