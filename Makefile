@@ -11,7 +11,7 @@ study: $(VENV)/installed  ## all that docs/extrapolation.md reports: an hour and
 	$(BIN)/python -m train.study $(STUDY)
 
 test: lint  ## linters, type checker, all tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

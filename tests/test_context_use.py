@@ -365,7 +365,7 @@ def test_results_with_other_settings_are_left_alone(trained: Path, tmp_path: Pat
         (["{runs}", "--tail", ".inf"], "tail must be 0 or above and finite, got inf"),
         (["{runs}", "--device", "abacus"], "device must be auto, cpu or cuda, got abacus"),
         (["{runs}", "--windws", "3"], "unrecognized arguments: --windws 3; did you mean windows?"),
-        (["{runs}", "--longest", "256"], "no held-out document has the 4097 bytes that a window takes"),
+        (["{runs}", "--longest", "256"], "no held-out document has the 4097 tokens that a window takes"),
         (["nowhere"], "runs: there is no folder 'nowhere'"),
     ],
 )

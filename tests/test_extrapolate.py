@@ -615,4 +615,4 @@ def test_text_that_has_gone_since_the_training_is_told_in_one_line(
     corpus = tmp_path / "corpus"
     assert complaint([str(run)], capfd) == f"data.paths: there is no file or folder '{corpus}'"
     write_corpus(corpus, files=1)
-    assert "none of the 1 files with text fell to the test split" in complaint([str(run)], capfd)
+    assert "none of the 1 documents with text fell to the test split" in complaint([str(run)], capfd)

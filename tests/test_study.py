@@ -67,6 +67,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     recall = recall_options(tmp_path, runs=None, trainer__max_steps=2)[2:]
     monkeypatch.setattr(train.study, "run", counted(lambda args: fit([*args, *text])))
     monkeypatch.setattr(train.study.retrieval, "main", counted(lambda args: fit_retrieval([*args, *recall])))
+    monkeypatch.setattr(train.study.Study, "context_length", 16)  # as `options` has it
     monkeypatch.setattr(train.study, "SWEEP_LONGEST", 2)
     monkeypatch.setattr(train.study, "SCALE_LONGEST", 2)
     for name, measure in (

@@ -130,6 +130,7 @@ def test_what_does_not_change_the_numbers_may_change_when_a_run_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at every input's
 def test_a_run_goes_on_compiled(tmp_path: Path) -> None:
     with pytest.raises(InterruptionError):
         fit(tmp_path, more=interrupted_at(5))
