@@ -100,6 +100,7 @@ class Press(L.Callback):
 def test_an_interruption_by_the_keyboard_is_told_in_one_line_with_status_130_and_goes_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without
     with pytest.raises(SystemExit) as exit_info:
         main(["fit", *options(tmp_path), "--trainer.callbacks+=test_training_options.Press"])
     assert exit_info.value.code == 130
