@@ -4,7 +4,7 @@ from train.__main__ import main as run
 from train.errors import told_in_one_line
 from train.extrapolate import extrapolate
 
-MODES = ("dense", "tail", "BCA", "recompute")  # all that minutes allow; `train.study` has the others
+MODES = ("dense", "tail", "BCA", "recompute")  # and 10 windows: what minutes allow; `train.study` has all
 
 
 def demo() -> None:
@@ -12,7 +12,7 @@ def demo() -> None:
     for config in ("configs/xpos.yaml", "configs/rotary.yaml"):
         run(["fit", "--config", config, "--trainer.devices", "1"])
     with told_in_one_line():
-        extrapolate(["runs/xpos", "runs/rotary"], modes=list(MODES))
+        extrapolate(["runs/xpos", "runs/rotary"], modes=list(MODES), windows=10)
 
 
 if __name__ == "__main__":
