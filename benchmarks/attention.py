@@ -8,7 +8,6 @@ costs. Contenders that attend to everything stop at `--dense-limit`; 0 leaves bl
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -18,24 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Call, milliseconds, peak_megabytes, peers, publish, training
+from train.baselines import NoPositions
 from xpos_zoo import XPOS, MultiHeadAttention
 
 EMBED_DIM, HEADS, BLOCK = 512, 8, 512
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 65536, 131072]
 Block = Callable[[Tensor], Tensor]
-
-
-class NoPositions(nn.Module):
-    def __init__(self, head_dim: int):
-        super().__init__()
-
-    def rotate(
-        self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, origin: int | Tensor = 0
-    ) -> tuple[Tensor, Tensor]:
-        return q, k
-
-    def max_span(self, dtype: torch.dtype) -> int:
-        return sys.maxsize
 
 
 class Torchscale(nn.Module):

@@ -23,6 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rough bootstrap intervals, for speed: test_report.py tests fine ones."""
+    import train.measured  # the trainer, which tests of the library do without
+
+    monkeypatch.setattr(train.measured, "REPLICATES", 20)
+
+
+@pytest.fixture
 def compiler_counts() -> Iterator[dict[str, Counter[str]]]:
     """The compiler's counters, all at zero, with nothing compiled before the test or left after it."""
     from torch._dynamo.utils import counters

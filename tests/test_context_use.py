@@ -12,11 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import Encoding, scores, visible
-from tiny import InterruptionError, complaint_of, fit
+from tiny import WRONG_ARGUMENTS, InterruptionError, calls_of_measure, complaint_of, fit, train_runs
 from torch import Tensor
 
 import train.context_use
-import train.measured
 from train.baselines import ALiBi, NoPositions, SlidingWindow
 from train.context_use import (
     MODES,
@@ -33,8 +32,11 @@ from train.context_use import (
     sums_by_bin,
 )
 from train.errors import UserError
-from train.extrapolate import choose_windows, find_runs, token_losses
+from train.extrapolate import choose_windows, token_losses
+from train.runs import find_runs
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
+
+pytestmark = pytest.mark.usefixtures("few_replicates")
 
 L = 16
 SETTINGS = Settings(L, steps=2, longest=4, windows=4, text_sha256="", temperature=0.2, tail=4.0, data={})
@@ -221,18 +223,10 @@ def test_expected_scores_of_alibi_hold_its_bias() -> None:
 # --- whole measurements ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.measured, "REPLICATES", 20)  # for speed: test_report.py tests the intervals
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """xpos seeds 1 and 2, and rotary seed 1, in runs/."""
-    folder = tmp_path_factory.mktemp("trained")
-    for config, seed in (("xpos", 1), ("xpos", 2), ("rotary", 1)):
-        fit(folder, config, seed_everything=seed, trainer__max_steps=2)
-    return folder / "runs"
+    return train_runs(tmp_path_factory.mktemp("trained"), ("xpos", 1), ("xpos", 2), ("rotary", 1))
 
 
 def measured(trained: Path, output: Path, *names: str, **changes: Any) -> dict[str, Any]:
@@ -241,21 +235,6 @@ def measured(trained: Path, output: Path, *names: str, **changes: Any) -> dict[s
         **{"output": str(output), "longest": 4, "windows": 4, "device": "cpu"} | changes,
     )
     return json.loads((output / "results.json").read_text())
-
-
-def calls_of_measure(monkeypatch: pytest.MonkeyPatch, last: int | None = None) -> list[str]:
-    """What is measured from now on; the call after `last` calls is interrupted."""
-    calls: list[str] = []
-    measure = train.context_use.measure
-
-    def counted(model: Transformer, mode: Any, *rest: Any) -> dict[str, Any]:
-        if len(calls) == last:
-            raise InterruptionError
-        calls.append(mode.name)
-        return measure(model, mode, *rest)
-
-    monkeypatch.setattr(train.context_use, "measure", counted)
-    return calls
 
 
 def test_a_measurement_prints_a_table_and_writes_json_markdown_and_plots(
@@ -336,10 +315,10 @@ def test_an_interrupted_measurement_goes_on_where_it_was_and_ends_the_same(
 ) -> None:
     measured(trained, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        calls_of_measure(patch, last=5)
+        calls_of_measure(patch, train.context_use, last=5)
         with pytest.raises(InterruptionError):
             measured(trained, tmp_path / "out")
-    calls = calls_of_measure(monkeypatch)
+    calls = calls_of_measure(monkeypatch, train.context_use)
     measured(trained, tmp_path / "out")
     assert len(calls) == 12 - 5
     for name in ("results.json", "report.md"):
@@ -357,16 +336,12 @@ def test_results_with_other_settings_are_left_alone(trained: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "required: runs"),
+        *WRONG_ARGUMENTS,
         (["{runs}", "--longest", "3"], "longest must be a power of two and 2 or above, got 3"),
         (["{runs}", "--longest", "1"], "longest must be a power of two and 2 or above, got 1"),
         (["{runs}", "--windows", "1"], "windows must be 2 or above, got 1"),
-        (["{runs}", "--temperature", "-1"], "temperature must be 0 or above and finite, got -1.0"),
-        (["{runs}", "--tail", ".inf"], "tail must be 0 or above and finite, got inf"),
-        (["{runs}", "--device", "abacus"], "device must be auto, cpu or cuda, got abacus"),
         (["{runs}", "--windws", "3"], "unrecognized arguments: --windws 3; did you mean windows?"),
         (["{runs}", "--longest", "256"], "no held-out document has the 4097 tokens that a window takes"),
-        (["nowhere"], "runs: there is no folder 'nowhere'"),
     ],
 )
 def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(

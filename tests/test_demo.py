@@ -9,14 +9,13 @@ from tiny import CONFIGS, InterruptionError, Recorder, options, write_corpus
 
 import train.demo
 import train.extrapolate
-import train.measured
 from train.__main__ import main
 from train.demo import demo
 from train.extrapolate import extrapolate
 
 
 @pytest.fixture
-def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_replicates: None) -> dict[str, Any]:
     """Makes `demo()` work in `tmp_path` and stop where "stop_at" says: in a training, at a step, or after a cell."""
     plan: dict[str, Any] = {"stop_at": None, "trained": [], "cells": 0}
     write_corpus(tmp_path / "corpus")
@@ -46,7 +45,6 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any
     monkeypatch.setattr(train.demo, "run", run)
     monkeypatch.setattr(train.demo, "extrapolate", partial(extrapolate, longest=2, windows=4, device="cpu"))
     monkeypatch.setattr(train.extrapolate, "measure", measured)
-    monkeypatch.setattr(train.measured, "REPLICATES", 20)
     return plan
 
 

@@ -10,12 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import InterruptionError, complaint_of, fit, write_corpus
+from tiny import (
+    WRONG_ARGUMENTS,
+    InterruptionError,
+    calls_of_measure,
+    complaint_of,
+    copy_of_run,
+    fit,
+    train_runs,
+    write_corpus,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import train.extrapolate
-import train.measured
 from train.corpus import Document
 from train.errors import UserError
 from train.extrapolate import (
@@ -36,6 +44,8 @@ from train.extrapolate import (
 from train.language_model import LanguageModel
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 from xpos_zoo.attention import visible_keys
+
+pytestmark = pytest.mark.usefixtures("few_replicates")
 
 L = 16
 SETTINGS = Settings(L, steps=2, longest=8, windows=3, text_sha256="", temperature=0.3, tail=2.0, data={})
@@ -167,13 +177,15 @@ def test_recomputed_tokens_never_have_less_than_half_nor_more_than_all_of_the_tr
         torch.testing.assert_close(found[:, p], expected, rtol=0, atol=rounding)
 
 
-def test_a_sliding_window_is_measured_in_pieces_with_the_losses_of_the_whole() -> None:
+@pytest.mark.parametrize("length", [L, 12])
+@pytest.mark.parametrize("layers", [2, 3])
+def test_a_sliding_window_is_measured_in_pieces_with_the_losses_of_the_whole(length: int, layers: int) -> None:
     torch.manual_seed(0)
-    model = Transformer(256, 16, 2, 2).double().eval()
+    model = Transformer(256, 16, layers, 2).double().eval()
     for parameter in model.parameters():
         parameter.data *= 5  # so that what attention does shows
-    windows = random_windows(2)
-    predict = predictor(model, MODES["sliding"], L)
+    windows = random_windows(2, 16 * length + 1)
+    predict = predictor(model, all_modes(length)["sliding"], length)
     whole = token_losses(model, windows)
     rounding = 8 * torch.finfo(torch.float32).eps * float(whole.max())  # of the loss
     torch.testing.assert_close(predict(windows), whole, rtol=0, atol=rounding)
@@ -246,19 +258,10 @@ def test_windows_longer_than_any_document_are_refused() -> None:
 # --- whole measurements ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.measured, "REPLICATES", 20)  # for speed: test_report.py tests the intervals
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """xpos and rotary, seeds 1 and 2, in runs/."""
-    folder = tmp_path_factory.mktemp("trained")
-    for config in ("xpos", "rotary"):
-        for seed in (1, 2):
-            fit(folder, config, seed_everything=seed, trainer__max_steps=2)
-    return folder / "runs"
+    return train_runs(tmp_path_factory.mktemp("trained"), ("xpos", 1), ("xpos", 2), ("rotary", 1), ("rotary", 2))
 
 
 def measured(trained: Path, output: Path, *names: str, **changes: Any) -> dict[str, Any]:
@@ -267,21 +270,6 @@ def measured(trained: Path, output: Path, *names: str, **changes: Any) -> dict[s
         **{"output": str(output), "longest": 4, "windows": 6, "device": "cpu"} | changes,
     )
     return json.loads((output / "results.json").read_text())
-
-
-def calls_of_measure(monkeypatch: pytest.MonkeyPatch, last: int | None = None) -> list[str]:
-    """What is measured from now on; the call after `last` calls is interrupted."""
-    calls: list[str] = []
-    measure = train.extrapolate.measure
-
-    def counted(model: Transformer, mode: Mode, *rest: Any) -> dict[str, Any]:
-        if len(calls) == last:
-            raise InterruptionError
-        calls.append(mode.name)
-        return measure(model, mode, *rest)
-
-    monkeypatch.setattr(train.extrapolate, "measure", counted)
-    return calls
 
 
 def test_a_measurement_prints_a_table_and_writes_json_markdown_and_plots(
@@ -362,10 +350,10 @@ def test_an_interrupted_measurement_goes_on_where_it_was_and_ends_the_same(
 ) -> None:
     measured(trained, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        calls_of_measure(patch, last=done)
+        calls_of_measure(patch, train.extrapolate, last=done)
         with pytest.raises(InterruptionError):
             measured(trained, tmp_path / "out")
-    calls = calls_of_measure(monkeypatch)
+    calls = calls_of_measure(monkeypatch, train.extrapolate)
     measured(trained, tmp_path / "out")
     assert len(calls) == 24 - done
     for name in ("results.json", "summary.json", "report.md"):
@@ -391,7 +379,7 @@ def test_a_run_that_joins_later_is_all_that_is_measured(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured(trained, tmp_path / "out", "xpos")
-    calls = calls_of_measure(monkeypatch)
+    calls = calls_of_measure(monkeypatch, train.extrapolate)
     measured(trained, tmp_path / "out", "xpos", "rotary/seed1")
     assert calls == list(STANDARD_MODES)
 
@@ -405,7 +393,7 @@ def test_a_run_that_was_trained_anew_is_measured_anew(
     content = torch.load(checkpoint, weights_only=True)
     content["state_dict"]["transformer.embedding.weight"] *= 2
     torch.save(content, checkpoint)
-    calls = calls_of_measure(monkeypatch)
+    calls = calls_of_measure(monkeypatch, train.extrapolate)
     second = measured(extra.parent, tmp_path / "out", "seed1")
     assert len(calls) == 6
     assert second["cells"][:6] == first["cells"]
@@ -421,26 +409,22 @@ complaint = partial(complaint_of, main)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "required: runs"),
+        *WRONG_ARGUMENTS,
         (["{runs}", "--longest", "far"], "Expected a <class 'int'>. Got value: far"),
         (["{runs}", "--longest", "3"], "longest must be a power of two, got 3"),
         (["{runs}", "--longest", "0"], "longest must be a power of two, got 0"),
         (["{runs}", "--longest", "1.5"], "Expected a <class 'int'>. Got value: 1.5"),
         (["{runs}", "--windows", "0"], "windows must be above 0, got 0"),
-        (["{runs}", "--temperature", "-1"], "temperature must be 0 or above and finite, got -1.0"),
-        (["{runs}", "--temperature", ".nan"], "temperature must be 0 or above and finite, got nan"),
         (["{runs}", "--tail", "-1"], "tail must be 0 or above and finite, got -1"),
         (["{runs}", "--modes", "[dense, loose]"], "YaRN, got loose"),
         (["{runs}", "--modes", "[]"], "modes must name one at least, got none"),
         (["{runs}/xpos", "--modes", "[NTK]"], "modes: NTK fit none of the runs"),
         (["{runs}", "--temperature", "warm"], "Expected a <class 'float'>. Got value: warm"),
-        (["{runs}", "--device", "abacus"], "device must be auto, cpu or cuda, got abacus"),
         (["{runs}", "--windws", "3"], "unrecognized arguments: --windws 3; did you mean windows?"),
         (
             ["{runs}", "--longest", "256"],
             "no held-out document has the 4097 tokens that a window takes, the longest has",
         ),
-        (["nowhere"], "runs: there is no folder 'nowhere'"),
         (["{tmp}/empty"], "empty'; `python -m train fit` writes one"),
         (["{tmp}/begun"], "begun'; `python -m train fit` writes one"),
         (["{runs}/xpos", "{tmp}/begun"], "runs: there is no checkpoint in '"),
@@ -467,13 +451,8 @@ def test_a_device_that_there_is_not_is_told_in_one_line(trained: Path, capfd: py
     )
 
 
-def copy_of_run(trained: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    path = tmp_path / "copy" / "checkpoints" / "last.ckpt"
-    path.parent.mkdir(parents=True)
-    content = torch.load(trained / "xpos" / "seed1" / "checkpoints" / "last.ckpt", weights_only=True)
-    change(content)
-    torch.save(content, path)
-    return tmp_path / "copy"
+def changed_run(trained: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    return copy_of_run(trained / "xpos" / "seed1", tmp_path / "copy", change)
 
 
 WRONG_RUNS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -518,9 +497,13 @@ WRONG_RUNS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_encodings_may_differ_in_their_decay_alone(
     encoding: str, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    copy = copy_of_run(trained, tmp_path, lambda content: content["hyper_parameters"].update(scale_base=3))
+    copy = copy_of_run(
+        trained / "xpos" / "seed1", tmp_path / "copy", lambda content: content["hyper_parameters"].update(scale_base=3)
+    )
     assert {run.encoding for run in find_runs([str(copy), str(trained / "rotary")])} == {"xPos", "RoPE"}
-    narrow = copy_of_run(trained, tmp_path / "2", lambda content: content["hyper_parameters"].update(num_heads=1))
+    narrow = copy_of_run(
+        trained / "xpos" / "seed1", tmp_path / "narrow", lambda content: content["hyper_parameters"].update(num_heads=1)
+    )
     assert "num_heads" in complaint([str(narrow), str(trained / encoding)], capfd)
 
 
@@ -533,7 +516,9 @@ def test_a_run_that_is_given_by_two_paths_counts_once(trained: Path, tmp_path: P
 def test_a_checkpoint_that_does_not_fit_itself_is_told_in_one_line(
     trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    copy = copy_of_run(trained, tmp_path, lambda content: content["hyper_parameters"].update(embed_dim=32))
+    copy = copy_of_run(
+        trained / "xpos" / "seed1", tmp_path / "copy", lambda content: content["hyper_parameters"].update(embed_dim=32)
+    )
     assert "does not hold the weights of its own model: " in complaint([str(copy), "--longest=4"], capfd)
 
 
@@ -545,7 +530,7 @@ def test_runs_that_cannot_be_compared_are_told_in_one_line(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    copy = copy_of_run(trained, tmp_path, change)
+    copy = changed_run(trained, tmp_path, change)
     output = tmp_path / "out"
     assert message in complaint([str(copy), str(trained / "xpos"), "--longest=4", "--output", str(output)], capfd)
     assert not (tmp_path / "out").exists()
@@ -554,7 +539,11 @@ def test_runs_that_cannot_be_compared_are_told_in_one_line(
 def test_a_context_length_that_has_no_quarter_is_refused(
     trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    copy = copy_of_run(trained, tmp_path, lambda c: c["datamodule_hyper_parameters"].update(context_length=18))
+    copy = copy_of_run(
+        trained / "xpos" / "seed1",
+        tmp_path / "copy",
+        lambda c: c["datamodule_hyper_parameters"].update(context_length=18),
+    )
     assert complaint([str(copy)], capfd) == "runs: the context length must be a multiple of 4, got 18"
 
 
@@ -562,7 +551,7 @@ def test_a_context_length_that_has_no_quarter_is_refused(
 def test_a_damaged_checkpoint_is_told_in_one_line(
     content: bytes, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = copy_of_run(trained, tmp_path, lambda content: None) / "checkpoints" / "last.ckpt"
+    path = changed_run(trained, tmp_path, lambda content: None) / "checkpoints" / "last.ckpt"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
     assert f"{path} is no checkpoint, or a damaged one" in complaint([str(tmp_path)], capfd)

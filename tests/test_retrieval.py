@@ -12,7 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import CONFIGS, STEPS, InterruptionError, Recorder, complaint_of, options, read_checkpoint, write_corpus
+from tiny import (
+    CONFIGS,
+    STEPS,
+    WRONG_ARGUMENTS,
+    InterruptionError,
+    Recorder,
+    calls_of_measure,
+    complaint_of,
+    copy_of_run,
+    options,
+    read_checkpoint,
+    train_runs,
+    write_corpus,
+)
 from tiny import fit as fit_text
 from torch import Tensor
 
@@ -32,11 +45,10 @@ from train.retrieval import (
     main,
     recall_window,
 )
-from train.retrieval_accuracy import RECALL, Questions, Settings, ask, count_right, reach, retrieval_accuracy
+from train.retrieval_accuracy import RECALL, Questions, Settings, ask, count_right, retrieval_accuracy
 from train.retrieval_accuracy import main as accuracy_main
 from train.retrieval_report import CHANCE, Recalled, statements, wilson
 from train.runs import find_runs
-from xpos_zoo import Transformer
 
 L = 16
 SETTINGS = Settings(L, couples=2, steps=2, longest=4, samples=24, seed=1, temperature=0.3, tail=2.0)
@@ -323,12 +335,12 @@ def test_the_bound_on_what_a_mode_reaches_is_exact(mode: str, layers: int) -> No
     for parameter in model.parameters():
         parameter.data *= 5  # so that what is far shows
     chosen.set_on(model)
-    bound = reach(chosen, layers, L)
+    bound = chosen.reach(layers, L)
     at = 6 * L - 1  # the end of a block
 
     def answer(tokens: Tensor) -> Tensor:
         window = tokens[None, : at + 1]
-        if getattr(chosen, "recompute", False):
+        if chosen.recompute:
             window = Questions(window, torch.tensor([at]), torch.tensor([0])).last(L).windows
         return model(window)[0, -1]
 
@@ -368,31 +380,13 @@ def test_a_wilson_interval_holds_its_share_and_no_less_than_0_or_more_than_1(cou
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of both encodings and, of xPos, of a second seed."""
-    folder = tmp_path_factory.mktemp("trained")
-    for config, seed in (("xpos", 1), ("xpos", 2), ("rotary", 1)):
-        fit(folder, config, seed_everything=seed, trainer__max_steps=2)
-    return folder / "runs"
+    return train_runs(tmp_path_factory.mktemp("trained"), ("xpos", 1), ("xpos", 2), ("rotary", 1), train=fit)
 
 
 def measured(trained: Path, output: Path, **changes: Any) -> dict[str, Any]:
     given: dict[str, Any] = {"longest": 4, "samples": 8} | changes
     retrieval_accuracy([str(trained)], str(output), **given)
     return json.loads((output / "results.json").read_text())
-
-
-def calls_of_measure(monkeypatch: pytest.MonkeyPatch, last: int | None = None) -> list[str]:
-    """The modes measured from now on; after `last` of them the measurement is interrupted."""
-    calls: list[str] = []
-    original = train.retrieval_accuracy.measure
-
-    def spy(model: Transformer, mode: Any, *args: Any) -> Any:
-        if len(calls) == last:
-            raise InterruptionError
-        calls.append(mode.name)
-        return original(model, mode, *args)
-
-    monkeypatch.setattr(train.retrieval_accuracy, "measure", spy)
-    return calls
 
 
 def test_the_report_says_what_was_measured(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -435,10 +429,10 @@ def test_an_interrupted_measurement_goes_on_where_it_was_and_ends_the_same(
 ) -> None:
     measured(trained, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        calls_of_measure(patch, last=4)
+        calls_of_measure(patch, train.retrieval_accuracy, last=4)
         with pytest.raises(InterruptionError):
             measured(trained, tmp_path / "out")
-    calls = calls_of_measure(monkeypatch)
+    calls = calls_of_measure(monkeypatch, train.retrieval_accuracy)
     measured(trained, tmp_path / "out")
     assert len(calls) == 3 * len(SETTINGS.modes()) - 4
     for name in ("results.json", "report.md"):
@@ -455,14 +449,11 @@ complaint = partial(complaint_of, accuracy_main)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "required: runs"),
+        *WRONG_ARGUMENTS,
         (["{runs}", "--longest", "3"], "longest must be a power of two, got 3"),
         (["{runs}", "--samples", "0"], "samples must be above 0, got 0"),
         (["{runs}", "--seed", "-1"], "seed must be 0 or above, got -1"),
-        (["{runs}", "--temperature", ".nan"], "temperature must be 0 or above and finite, got nan"),
-        (["{runs}", "--device", "abacus"], "device must be auto, cpu or cuda, got abacus"),
         (["{runs}", "--smaples", "3"], "did you mean samples?"),
-        (["nowhere"], "nowhere"),
     ],
 )
 def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(
@@ -471,15 +462,6 @@ def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(
     output = tmp_path / "out"
     assert message in complaint([*(arg.format(runs=trained) for arg in args), "--output", str(output)], capfd)
     assert not output.exists()
-
-
-def copy_of_run(trained: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    path = tmp_path / "copy" / "checkpoints" / "last.ckpt"
-    path.parent.mkdir(parents=True)
-    content = read_checkpoint(trained / "xpos" / "seed1")
-    change(content)
-    torch.save(content, path)
-    return tmp_path / "copy"
 
 
 @pytest.mark.parametrize(
@@ -499,7 +481,7 @@ def test_runs_that_cannot_be_compared_are_told_in_one_line(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    copy = copy_of_run(trained, tmp_path, change)
+    copy = copy_of_run(trained / "xpos" / "seed1", tmp_path / "copy", change)
     assert message in complaint([str(copy), str(trained / "xpos"), "--output", str(tmp_path / "out")], capfd)
     assert not (tmp_path / "out").exists()
 

@@ -9,7 +9,6 @@ import pytest
 from test_retrieval import recall_options
 from tiny import CONFIGS, InterruptionError, complaint_of, options
 
-import train.measured
 import train.study
 from train.__main__ import main as fit
 from train.context_use import context_use
@@ -50,7 +49,7 @@ def test_every_training_comes_before_what_measures_it(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_replicates: None) -> dict[str, Any]:
     """Makes `study` small, and stop in the work after "stop_at" many; keeps what was done in "done"."""
     state: dict[str, Any] = {"stop_at": None, "done": []}
 
@@ -77,7 +76,6 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     ):
         short = partial(measure, longest=2) if name == "extrapolate" else measure
         monkeypatch.setattr(train.study, name, counted(short))
-    monkeypatch.setattr(train.measured, "REPLICATES", 20)
     return state
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from train.callbacks import SampleText, Throughput
-from train.checkpoint import CheckpointFiles, Checkpoints, check_fits, difference, load_checkpoint
+from train.checkpoint import CheckpointFiles, Checkpoints, check_fits, difference, last_checkpoint_of, load_checkpoint
 from train.errors import UserError, explained, told_in_one_line
 from train.files import replacing
 from train.language_model import LanguageModel
@@ -41,10 +41,6 @@ class SaveRunConfig(SaveConfigCallback):
 
 def config_of(run: Path) -> Path:
     return run / "config.yaml"
-
-
-def last_checkpoint_of(run: Path) -> Path:
-    return run / "checkpoints" / "last.ckpt"
 
 
 class ProgressBar(TQDMProgressBar):

@@ -75,6 +75,10 @@ class Checkpoints(ModelCheckpoint):
             loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
+def last_checkpoint_of(run: Path) -> Path:
+    return run / "checkpoints" / "last.ckpt"
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint's content, tensors and plain values alone.
 

@@ -10,16 +10,13 @@ Three measurements on held-out windows of several trained lengths:
 3. *Attention resolution* (Sun et al. 2022, eq. 3): how monotonically the expected logit falls with distance.
 """
 
-import hashlib
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 from torch import Tensor
@@ -27,12 +24,12 @@ from tqdm import tqdm
 
 from train import extrapolate
 from train.cells import checked_device, measure_cells
-from train.errors import UserError, parsed, told_in_one_line
-from train.extrapolate import choose_windows, token_losses
+from train.errors import UserError, command
+from train.extrapolate import held_out, token_losses
+from train.figures import STYLES, by_length, colour_of, finish, new_plot, table, weight
 from train.files import replacing
-from train.measured import in_lengths, interval
+from train.measured import Line, gathered, in_lengths, interval, on_intervals, seeds_of
 from train.modes import Mode, all_modes
-from train.report import COLOURS, STYLES, finish, new_plot
 from train.runs import find_runs
 from xpos_zoo import MultiHeadAttention, Transformer
 
@@ -240,14 +237,8 @@ def context_use(
     if windows < 2:
         raise UserError(f"windows must be 2 or above, got {windows}")
     found = find_runs(runs)
-    data, length = found[0].data, found[0].data["context_length"]
-    if length % 4:
-        raise UserError(f"runs: the context length must be a multiple of 4, got {length}")
-    source = found[0].text()
-    text, names = choose_windows(source.documents("test"), longest * length + 1, windows)
-    text_sha256 = hashlib.sha256(text.numpy().tobytes()).hexdigest()
-    settings = Settings(length, found[0].steps, longest, len(text), text_sha256, temperature, tail, data)
-    versions = far_versions(text.to(where), names, length)
+    source, text, names, settings = held_out(found, Settings, longest, windows, temperature, tail)
+    versions = far_versions(text.to(where), names, settings.context_length)
     bins = occurrence_bins(text, settings)
     text_tokens = sum(version[:, 1:].numel() for version in versions.values())
     resolution_tokens = sum(settings.contexts) * min(RESOLUTION_WINDOWS, len(text))
@@ -266,14 +257,12 @@ def context_use(
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-class Line:
+class Used(Line):
     """Measurements of an encoding in a mode, its seeds together."""
 
     def __init__(self, cells: list[dict[str, Any]]):
-        cells = sorted(cells, key=lambda cell: cell["seed"])
-        self.encoding, self.mode = cells[0]["encoding"], cells[0]["mode"]
-        self.name = f"{self.encoding}, {cells[0]['label']}"
-        self.seeds = [cell["seed"] for cell in cells]
+        super().__init__(cells)
+        cells = self.cells
         self.losses = {c: np.array([cell["losses"][c] for cell in cells]) for c in ("absent", *MARKERS)}
         self.sums = np.array([cell["sums_by_distance"] for cell in cells]).mean(0).sum(0)
         # (runs, 2): the mean over heads, and that of mean logits. JSON turns the contexts into strings.
@@ -288,10 +277,7 @@ class Line:
     def look(self) -> dict[str, Any]:
         """Colour by encoding, line style and marker by mode; RoPE wide and pale, so that equal lines are both seen."""
         style, marker = STYLES[MODES.index(self.mode) % len(STYLES)]
-        wide = {"linewidth": 4, "markersize": 9, "alpha": 0.45, "zorder": 2}
-        narrow = {"linewidth": 1.5, "markersize": 5, "zorder": 3}
-        colour = COLOURS.get(self.encoding, "#009E73")
-        return {"linestyle": style, "marker": marker, "color": colour} | (wide if self.encoding == "RoPE" else narrow)
+        return {"linestyle": style, "marker": marker, "color": colour_of(self)} | weight(self, 5)
 
 
 def write_report(
@@ -303,21 +289,15 @@ def write_report(
     unit: str = "byte",
 ) -> None:
     """Print the table of far context; write report.md and the three plots into the folder."""
-    keys = dict.fromkeys((cell["encoding"], cell["mode"]) for cell in cells)
-    lines = [Line([c for c in cells if (c["encoding"], c["mode"]) == key]) for key in keys]
+    lines = gathered(cells, Used)
     counts = torch.bincount(bins.flatten(), minlength=settings.bins + 1).tolist()
-    length, reach = (
-        settings.context_length,
-        in_lengths(settings.longest * settings.context_length, settings.context_length),
-    )
-    seeds = sorted({seed for line in lines for seed in line.seeds})
+    length = settings.context_length
     caption = (
-        f"{len(documents)} windows of {reach} from {len(set(documents))} held-out documents, "
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
-        f"trained at L = {length} for {settings.steps} steps."
+        f"{len(documents)} windows of {in_lengths(settings.longest * length, length)} from {len(set(documents))} "
+        f"held-out documents, {seeds_of(lines)}; trained at L = {length} for {settings.steps} steps."
     )
 
-    def difference(line: Line, condition: str, other: str) -> str:
+    def difference(line: Used, condition: str, other: str) -> str:
         return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*line.against(condition, other, documents))
 
     pairs = [(c, "absent") for c in MARKERS] + [("intact", "shuffled"), ("intact", "replaced")]
@@ -335,10 +315,7 @@ def write_report(
     )
     resolved = [line for line in lines if line.resolutions]
     by_head, pooled = (
-        table(
-            ["context", *(in_lengths(context, length) for context in settings.contexts)],
-            [[line.name, *(spread(line.resolutions[c][:, kind]) for c in settings.contexts)] for line in resolved],
-        )
+        by_length(resolved, settings.contexts, length, lambda line, c, kind=kind: spread(line.resolutions[c][:, kind]))
         for kind in (0, 1)
     )
     report = [
@@ -354,8 +331,7 @@ def write_report(
         "",
         *far,
         "",
-        "Intervals: bootstrap over seeds, then documents."
-        + (" With one seed they say nothing about another training." if len(seeds) == 1 else ""),
+        on_intervals(lines),
         "",
         "![differences of loss](context_use.png)",
         "",
@@ -394,16 +370,6 @@ def write_report(
     print(f"{folder / 'report.md'} has all tables; the plot is {folder / 'context_use.png'}")
 
 
-def table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table whose columns are aligned."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-
-    def row(entries: Iterable[str]) -> str:
-        return "| " + " | ".join(e.ljust(w) for e, w in zip(entries, widths, strict=True)) + " |"
-
-    return [row(heads), row("-" * width for width in widths), *map(row, rows)]
-
-
 def bin_name(k: int, settings: Settings) -> str:
     if k == settings.bins:
         return "never"
@@ -415,7 +381,7 @@ def spread(values: np.ndarray) -> str:
     return f"{values.mean():.4f}" + f" ({values.min():.4f} to {values.max():.4f})" * (len(values) > 1)
 
 
-def plot_far(lines: list[Line], documents: list[str], length: int, path: Path, unit: str) -> None:
+def plot_far(lines: list[Used], documents: list[str], length: int, path: Path, unit: str) -> None:
     """Differences against no far context, with intervals, a row for each encoding and mode."""
     figure = Figure(figsize=(9, 5.2), layout="constrained", facecolor="white")
     axes = figure.add_subplot(
@@ -426,7 +392,7 @@ def plot_far(lines: list[Line], documents: list[str], length: int, path: Path, u
         for shift, (condition, marker) in zip((-0.22, 0, 0.22), MARKERS.items(), strict=True):
             mean, low, high = line.against(condition, "absent", documents)
             label = f"far text {condition}" if row == 0 else None
-            look = {"marker": marker, "color": COLOURS.get(line.encoding, "#009E73"), "markersize": 6, "capsize": 3}
+            look = {"marker": marker, "color": colour_of(line), "markersize": 6, "capsize": 3}
             error = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
             axes.errorbar(mean, row + shift, xerr=error, linestyle="none", label=label, **look)
     axes.axvline(0, color="black", linewidth=1)
@@ -438,7 +404,7 @@ def plot_far(lines: list[Line], documents: list[str], length: int, path: Path, u
     finish(figure, axes, path)
 
 
-def plot_occurrence(lines: list[Line], counts: list[int], settings: Settings, path: Path, unit: str) -> None:
+def plot_occurrence(lines: list[Used], counts: list[int], settings: Settings, path: Path, unit: str) -> None:
     """Loss against the distance to the last occurrence; on the right, that of targets that have none."""
     figure, axes = new_plot(
         settings.context_length, f"Loss by where the last {NGRAM} {unit}s, target included, stood before", unit
@@ -459,7 +425,7 @@ def plot_occurrence(lines: list[Line], counts: list[int], settings: Settings, pa
     finish(figure, axes, path)
 
 
-def plot_resolution(lines: list[Line], settings: Settings, path: Path, unit: str) -> None:
+def plot_resolution(lines: list[Used], settings: Settings, path: Path, unit: str) -> None:
     """Mean resolution of heads against context length: the mean over seeds, and each seed as a dot."""
     figure, axes = new_plot(settings.context_length, "Attention resolution of heads, by context length")
     for line in lines:
@@ -476,11 +442,7 @@ def plot_resolution(lines: list[Line], settings: Settings, path: Path, unit: str
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m train.context_use", description=__doc__, exit_on_error=False)
-    parser.add_argument("runs", nargs="+", help="folders of runs, or folders that contain them")
-    parser.add_function_arguments(context_use, skip={"runs"})
-    with told_in_one_line():
-        context_use(**parsed(parser, args).as_dict())
+    command(context_use, args)
 
 
 if __name__ == "__main__":

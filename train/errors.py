@@ -3,11 +3,13 @@
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from inspect import signature
+from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 UNKNOWN_OPTION = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
@@ -36,18 +38,6 @@ def explained(error: ArgumentError, parser: ArgumentParser) -> UserError:
     return UserError(message)
 
 
-def parsed(parser: ArgumentParser, args: list[str] | None) -> Namespace:
-    """The command line `args`, by default this process's.
-
-    Raises:
-        UserError: it does not parse.
-    """
-    try:
-        return parser.parse_args(args)
-    except ArgumentError as error:
-        raise explained(error, parser) from error
-
-
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and exit status 2, an interruption into 130.
@@ -66,3 +56,23 @@ def told_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where it was", file=sys.stderr)
         sys.exit(130)
+
+
+def command(work: Callable[..., Any], args: list[str] | None) -> None:
+    """Call `work` with the command line `args`, by default this process's, and tell its errors in one line.
+
+    Its parameters are the options, its docstring their help, that of its module the command's; `runs` comes first.
+    """
+    module = sys.modules[work.__module__]
+    assert module.__spec__ is not None
+    parser = ArgumentParser(prog=f"python -m {module.__spec__.name}", description=module.__doc__, exit_on_error=False)
+    positional = {"runs"} & signature(work).parameters.keys()
+    if positional:
+        parser.add_argument("runs", nargs="+", help="folders of runs, or folders that contain them")
+    parser.add_function_arguments(work, skip=positional)
+    with told_in_one_line():
+        try:
+            options = parser.parse_args(args)
+        except ArgumentError as error:
+            raise explained(error, parser) from error
+        work(**options.as_dict())

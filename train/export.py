@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from train.checkpoint import load_checkpoint
-from train.errors import UserError, parsed, told_in_one_line
+from train.checkpoint import last_checkpoint_of, load_checkpoint
+from train.errors import UserError, command
 from train.language_model import LanguageModel
 
 
@@ -24,7 +22,7 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
     """
     path = Path(checkpoint)
     if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
+        path = last_checkpoint_of(path)
     trained = load_checkpoint(path)["state_dict"]["transformer.embedding.weight"].dtype
     model = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True).transformer.to(trained)
     try:
@@ -37,10 +35,7 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m train.export", description=__doc__, exit_on_error=False)
-    parser.add_function_arguments(export)
-    with told_in_one_line():
-        export(**parsed(parser, args).as_dict())
+    command(export, args)
 
 
 if __name__ == "__main__":

@@ -13,26 +13,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from train.baselines import SlidingWindow
 from train.cells import checked_device, measure_cells
 from train.corpus import Document
-from train.errors import UserError, parsed, told_in_one_line
+from train.errors import UserError, command
+from train.measured import octaves
 from train.modes import STANDARD_MODES, Mode, all_modes
 from train.report import Unit, write_report
-from train.runs import find_runs
+from train.runs import Run, find_runs
+from train.text import TextData
 from xpos_zoo import Transformer
 
 TOKENS_AT_ONCE = 8192
-CHUNKED_WINDOWS = 4  # of which the paper's own table is made
+CHUNKED, CHUNKED_WINDOWS = ("dense", "BCA"), 4  # modes and windows of which the paper's own table is made
 
 Predict = Callable[[Tensor], Tensor]  # losses (w, n) of windows (w, n + 1)
 
@@ -56,8 +56,10 @@ class Settings:
 
     @property
     def contexts(self) -> list[int]:
-        """L/4, L/2, L, 2L, ... up to longest * L."""
-        return [self.context_length * 2**k // 4 for k in range(int(math.log2(self.longest)) + 3)]
+        return octaves(self.context_length, self.longest)
+
+
+S = TypeVar("S", bound=Settings)
 
 
 def choose_windows(documents: Sequence[Document], length: int, count: int) -> tuple[Tensor, list[str]]:
@@ -90,6 +92,21 @@ def choose_windows(documents: Sequence[Document], length: int, count: int) -> tu
     return torch.stack(windows), list(names)
 
 
+def held_out(
+    runs: list[Run], kind: type[S], longest: int, windows: int, temperature: float, tail: float
+) -> tuple[TextData, Tensor, list[str], S]:
+    """The text of runs, its windows for testing that are `longest` trained lengths long, their names, and settings.
+
+    Raises:
+        UserError: `choose_windows` does, or the text is not there any more.
+    """
+    length, source = runs[0].data["context_length"], runs[0].text()
+    text, names = choose_windows(source.documents("test"), longest * length + 1, windows)
+    sha256 = hashlib.sha256(text.numpy().tobytes()).hexdigest()
+    settings = kind(length, runs[0].steps, longest, len(text), sha256, temperature, tail, runs[0].data)
+    return source, text, names, settings
+
+
 @torch.inference_mode()
 def token_losses(model: Transformer, windows: Tensor) -> Tensor:
     """Cross-entropy in nats of each token of windows (w, n + 1) but the first: (w, n)."""
@@ -115,10 +132,9 @@ def predictor(model: Transformer, mode: Mode, length: int) -> Predict:
     mode.set_on(model)
     if mode.recompute:
         return partial(overlapped_losses, model, stride=length // 2)
-    if isinstance(mode.distance_bias, SlidingWindow):
-        # Through all layers a token sees less than this: pieces give the same, in linear time.
-        reach = mode.distance_bias.size * len(model.layers)
-        return partial(overlapped_losses, model, stride=2 ** math.ceil(math.log2(reach)))
+    if mode.block_size is None and (reach := mode.reach(len(model.layers), length)):
+        # Pieces that long give the same, in linear time. Longer contexts are multiples of them.
+        return partial(overlapped_losses, model, stride=length * 2 ** math.ceil(math.log2(reach / length)))
     return partial(token_losses, model)
 
 
@@ -147,7 +163,7 @@ def measure(model: Transformer, mode: Mode, windows: Tensor, settings: Settings,
     length, rotary = settings.context_length, [attention.positions for attention in model.attentions]
     predict = predictor(model, mode, length)
     found: dict[str, Any] = {"losses": {}}
-    if mode.name in ("dense", "BCA"):
+    if mode.name in CHUNKED:
         found["chunked"] = {}
     losses = torch.empty(0)
     for context in settings.contexts:
@@ -167,7 +183,7 @@ def measure(model: Transformer, mode: Mode, windows: Tensor, settings: Settings,
 def cost(mode: Mode, windows: Tensor, settings: Settings) -> int:
     """Tokens that `measure` reports to its progress bar."""
     chunked = len(settings.contexts) * settings.contexts[-1] * len(windows[:CHUNKED_WINDOWS])
-    return sum(settings.contexts) * len(windows) + chunked * (mode.name in ("dense", "BCA"))
+    return sum(settings.contexts) * len(windows) + chunked * (mode.name in CHUNKED)
 
 
 def extrapolate(
@@ -206,15 +222,9 @@ def extrapolate(
     if not chosen:
         raise UserError("modes must name one at least, got none")
     found = find_runs(runs)
-    data, length = found[0].data, found[0].data["context_length"]
-    if length % 4:
-        raise UserError(f"runs: the context length must be a multiple of 4, got {length}")
-    source = found[0].text()
-    text, names = choose_windows(source.documents("test"), longest * length + 1, windows)
-    text_sha256 = hashlib.sha256(text.numpy().tobytes()).hexdigest()
-    settings = Settings(length, found[0].steps, longest, len(text), text_sha256, temperature, tail, data)
+    source, text, names, settings = held_out(found, Settings, longest, windows, temperature, tail)
     text = text.to(where)
-    available = all_modes(length, temperature, tail)
+    available = all_modes(settings.context_length, temperature, tail)
     cells = measure_cells(
         found,
         [available[name] for name in chosen],
@@ -229,11 +239,7 @@ def extrapolate(
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m train.extrapolate", description=__doc__, exit_on_error=False)
-    parser.add_argument("runs", nargs="+", help="folders of runs, or folders that contain them")
-    parser.add_function_arguments(extrapolate, skip={"runs"})
-    with told_in_one_line():
-        extrapolate(**parsed(parser, args).as_dict())
+    command(extrapolate, args)
 
 
 if __name__ == "__main__":

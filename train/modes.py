@@ -37,6 +37,20 @@ class Mode:
         model.block_size, model.temperature = self.block_size, self.temperature
         model.distance_bias = self.distance_bias
 
+    def reach(self, layers: int, length: int) -> int | None:
+        """The most tokens, a query's own included, that any path through all layers brings to it; None if unbounded.
+
+        Blockwise, a layer goes from a token's block to the start of the block before; it is farthest for a query at its
+        block's end: its own block, and one block more a layer. `length` is the trained one.
+        """
+        if self.recompute:
+            return length
+        if self.block_size:
+            return (layers + 1) * self.block_size
+        if isinstance(self.distance_bias, SlidingWindow):
+            return layers * (self.distance_bias.size - 1) + 1
+        return None
+
     def fits(self, encoding: str) -> bool:
         """Whether models of this encoding can be measured so: angles of rotary embeddings alone can be rescaled."""
         return self.rescale is None or encoding == "RoPE"

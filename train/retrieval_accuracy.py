@@ -5,21 +5,19 @@ Before the binding are 0 to L/2 - 1 tokens, each number equally often, so that e
 same. All other tokens are fillers and couples of other keys, as dense as in training and as far apart as there.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 from tqdm import tqdm
 
-from train.baselines import SlidingWindow
 from train.cells import checked_device, measure_cells
-from train.errors import UserError, parsed, told_in_one_line
+from train.errors import UserError, command
 from train.extrapolate import TOKENS_AT_ONCE
+from train.measured import octaves
 from train.modes import STANDARD_MODES, Mode, all_modes
 from train.retrieval import STREAMS, recall_window
 from train.retrieval_report import write_report
@@ -44,8 +42,7 @@ class Settings:
 
     @property
     def distances(self) -> list[int]:
-        """L/4, L/2, L, 2L, ... up to longest * L."""
-        return [self.context_length * 2**k // 4 for k in range(int(math.log2(self.longest)) + 3)]
+        return octaves(self.context_length, self.longest)
 
     def modes(self) -> list[Mode]:
         known = all_modes(self.context_length, self.temperature, self.tail)
@@ -147,8 +144,6 @@ def retrieval_accuracy(
         raise UserError(f"seed must be 0 or above, got {seed}")
     found = find_runs(runs, RECALL)
     length, couples = found[0].data["context_length"], found[0].data["couples"]
-    if length % 4:
-        raise UserError(f"runs: the context length must be a multiple of 4, got {length}")
     settings = Settings(length, couples, found[0].steps, longest, samples, seed, temperature, tail)
     modes = settings.modes()
     cells = measure_cells(
@@ -159,31 +154,12 @@ def retrieval_accuracy(
         lambda run, mode, progress: measure(run.model(where), mode, run.seed, settings, where, progress),
         lambda _: sum(settings.distances) * samples,
     )
-    reaches = {mode.name: reach(mode, found[0].recipe["num_layers"], length) for mode in modes}
+    reaches = {mode.name: mode.reach(found[0].recipe["num_layers"], length) for mode in modes}
     write_report(cells, reaches, settings, Path(output))
 
 
-def reach(mode: Mode, layers: int, length: int) -> int | None:
-    """The most tokens, a question's own included, that any path through all layers brings to it; None if unbounded.
-
-    Blockwise, a layer goes from a token's block to the start of the block before; it is farthest for a question at its
-    block's end: its own block, and one block more a layer.
-    """
-    if mode.recompute:
-        return length
-    if mode.block_size:
-        return (layers + 1) * mode.block_size
-    if isinstance(mode.distance_bias, SlidingWindow):
-        return layers * (mode.distance_bias.size - 1) + 1
-    return None
-
-
 def main(args: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m train.retrieval_accuracy", description=__doc__, exit_on_error=False)
-    parser.add_argument("runs", nargs="+", help="folders of runs, or folders that contain them")
-    parser.add_function_arguments(retrieval_accuracy, skip={"runs"})
-    with told_in_one_line():
-        retrieval_accuracy(**parsed(parser, args).as_dict())
+    command(retrieval_accuracy, args)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
 """Table, statements and plot of recall by distance (`train.retrieval_accuracy` says what is measured)."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, cast
+from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+import numpy as np
 
+from train.figures import by_length, colour_of, finish_panels, mark_lengths, new_panels, weight
 from train.files import replacing
-from train.measured import in_lengths
-from train.report import COLOURS, markdown
+from train.measured import Line, gathered, seeds_of
 from train.retrieval import VALUES
 
 CHANCE = 1 / VALUES  # of a guess among the values
-OTHER_COLOURS = ("#009E73", "#CC79A7", "#E69F00")  # of encodings without one of their own
-MARKERS = "osDv^"
 
 
 def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -29,17 +27,14 @@ def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, flo
     return max(0.0, min(low, share)), min(1.0, max(high, share))  # which rounding may push past the share
 
 
-class Recalled:
+class Recalled(Line):
     """Right answers of an encoding in a mode at every distance, its seeds pooled."""
 
     def __init__(self, cells: list[dict[str, Any]], samples: int):
-        cells = sorted(cells, key=lambda cell: cell["seed"])
-        self.encoding, self.mode, self.label = (cells[0][name] for name in ("encoding", "mode", "label"))
-        self.name = f"{self.encoding}, {self.label}"
-        self.seeds = [cell["seed"] for cell in cells]
+        super().__init__(cells)
         self.samples = samples
         # JSON turns the distances into strings.
-        self.by_seed = [{int(d): right for d, right in cell["right"].items()} for cell in cells]
+        self.by_seed = [{int(d): right for d, right in cell["right"].items()} for cell in self.cells]
 
     def pooled(self, *distances: int) -> tuple[int, int]:
         """Right answers, and how many there could be."""
@@ -62,21 +57,18 @@ def write_report(cells: list[dict[str, Any]], reaches: dict[str, int | None], se
 
     reaches: the most tokens that each mode can bring to a question through all layers, None where there is no bound.
     """
-    keys = dict.fromkeys((cell["encoding"], cell["mode"]) for cell in cells)
-    lines = [Recalled([c for c in cells if (c["encoding"], c["mode"]) == key], settings.samples) for key in keys]
+    lines = gathered(cells, partial(Recalled, samples=settings.samples))
     length, distances = settings.context_length, settings.distances
-    seeds = sorted({seed for line in lines for seed in line.seeds})
     caption = (
         f"Share of right answers by the number of tokens from binding to question; trained at L = {length} for "
-        f"{settings.steps} steps; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, {settings.samples} "
+        f"{settings.steps} steps; {seeds_of(lines)}, {settings.samples} "
         f"questions a distance and seed; chance is {100 * CHANCE:.1f} %."
     )
 
-    def table(title: str, entry: Any) -> list[str]:
-        head, *rows = markdown(cast(Any, lines), distances, length, entry)
-        return [f"## {title}", "", head.replace("context ", "distance", 1), *rows, ""]
+    def section(title: str, entry: Callable[[Recalled, int], str]) -> list[str]:
+        return [f"## {title}", "", *by_length(lines, distances, length, entry, "distance"), ""]
 
-    main = table("Accuracy, %", lambda line, d: f"{100 * line.accuracy(d)[0]:.1f}")
+    main = section("Accuracy, %", lambda line, d: f"{100 * line.accuracy(d)[0]:.1f}")
     found = statements(lines, reaches, settings)
     report = [
         "# Recall by distance",
@@ -84,8 +76,8 @@ def write_report(cells: list[dict[str, Any]], reaches: dict[str, int | None], se
         caption,
         "",
         *main,
-        *table("95 % intervals, %", lambda line, d: percent(*line.accuracy(d)[1:])),
-        *table("The worst and the best seed, %", lambda line, d: percent(*line.extremes(d))),
+        *section("95 % intervals, %", lambda line, d: percent(*line.accuracy(d)[1:])),
+        *section("The worst and the best seed, %", lambda line, d: percent(*line.extremes(d))),
         "## What it shows",
         "",
         f"Blockwise, one layer sees {length // 2} to {length} tokens, by the question's place in its block. All layers "
@@ -136,75 +128,20 @@ def statements(lines: list[Recalled], reaches: dict[str, int | None], settings: 
 
 def plot(lines: list[Recalled], reaches: dict[str, int | None], settings: Any, path: Path) -> None:
     """A panel for each mode: accuracy and its interval against distance, a line for each encoding."""
-    modes = {line.mode: line.label for line in lines}
-    encodings = list(dict.fromkeys(line.encoding for line in lines))
-    columns = min(3, len(modes))
-    rows = -(-len(modes) // columns)
-    with mpl.rc_context({"font.size": 11}):
-        figure = Figure(figsize=(0.6 + 3.8 * columns, 0.9 + 2.9 * rows), layout="constrained", facecolor="white")
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    for axes in panels[len(modes) :]:
-        axes.set_visible(False)
-    for axes, (mode, label) in zip(panels, modes.items(), strict=False):
-        axes.set_title(label)
-        for line in lines:
-            if line.mode == mode:
-                draw(axes, line, encodings.index(line.encoding), settings)
-        mark(axes, reaches[mode], settings)
-    for axes in panels[max(0, len(modes) - columns) : len(modes)]:
-        axes.set_xlabel("distance in trained lengths L")
-        axes.tick_params(labelbottom=True)
-    for axes in panels[::columns]:
-        axes.set_ylabel("right answers, %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(labels))
-    with replacing(path) as draft:
-        figure.savefig(draft, format="png", dpi=150)
-
-
-def draw(axes: Axes, line: Recalled, index: int, settings: Any) -> None:
-    """The first encoding in front; the others wide and pale, so that lines that coincide are all seen."""
-    shares, lows, highs = zip(*(line.accuracy(d) for d in settings.distances), strict=True)
-    front = line.encoding == "xPos" or line.encoding not in COLOURS
-    axes.errorbar(
-        [d / settings.context_length for d in settings.distances],
-        [100 * share for share in shares],
-        yerr=[
-            [100 * (share - low) for share, low in zip(shares, lows, strict=True)],
-            [100 * (high - share) for share, high in zip(shares, highs, strict=True)],
-        ],
-        color=COLOURS.get(line.encoding, OTHER_COLOURS[index % len(OTHER_COLOURS)]),
-        marker=MARKERS[index % len(MARKERS)],
-        label=line.encoding,
-        capsize=3,
-        linewidth=1.5 if front else 4,
-        elinewidth=1.2,
-        markersize=5 if front else 9,
-        alpha=1.0 if front else 0.5,
-        zorder=3 if front else 2,
-    )
-
-
-def mark(axes: Axes, reach: int | None, settings: Any) -> None:
-    """Chance, the trained length, and how far all layers together reach back."""
-    axes.set_xscale("log", base=2)
-    ticks = [d / settings.context_length for d in settings.distances]
-    axes.set_xticks(ticks, [in_lengths(d, settings.context_length).removesuffix(" L") for d in settings.distances])
-    axes.set_ylim(-4, 104)
-    axes.axhline(100 * CHANCE, color="0.5", linestyle=":", linewidth=1.5, label="chance")
-    axes.axvline(1, color="black", linewidth=1)
-    axes.text(1, 0.5, " L", transform=axes.get_xaxis_transform(), ha="left", va="center")
-    if reach is not None:
-        place = reach / settings.context_length
-        axes.axvline(place, color="black", linestyle="--", linewidth=1)
-        axes.text(
-            place,
-            0.62,
-            f" all layers reach\n {place:.2f} L",
-            transform=axes.get_xaxis_transform(),
-            ha="left",
-            va="center",
-            fontsize=9,
-        )
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, panels = new_panels(lines)
+    length = settings.context_length
+    mark_lengths(panels, settings.distances, length)
+    for line in lines:
+        shares, lows, highs = 100 * np.array([line.accuracy(d) for d in settings.distances]).T
+        errors = (shares - lows, highs - shares)
+        look = {"color": colour_of(line), "marker": "o", "capsize": 3, "elinewidth": 1.2} | weight(line, 5)
+        panels[line.mode].errorbar(settings.distances, shares, yerr=errors, label=line.encoding, **look)
+    for mode, axes in panels.items():
+        axes.set_ylim(-4, 104)
+        axes.axhline(100 * CHANCE, color="0.5", linestyle=":", linewidth=1.5, label="chance")
+        if (reach := reaches[mode]) is not None:
+            axes.axvline(reach, color="black", linestyle="--", linewidth=1)
+            words = f" all layers reach\n {reach / length:.2f} L"
+            axes.text(reach, 0.62, words, transform=axes.get_xaxis_transform(), va="center", fontsize=9)
+    label = f"distance in trained lengths (vertical line: L = {length} tokens)"
+    finish_panels(figure, panels, label, "right answers, %", path)

@@ -78,7 +78,7 @@ def find_runs(folders: list[str], task: Task = TEXT) -> list[Run]:
 
     Raises:
         UserError: a folder does not exist or holds no run, a checkpoint is damaged or of another task, or
-            the runs are not comparable.
+            the runs are not comparable, or not trained at a length that has quarters.
     """
     paths: dict[Path, Path] = {}
     for folder in map(Path, folders):
@@ -90,6 +90,8 @@ def find_runs(folders: list[str], task: Task = TEXT) -> list[Run]:
         for path in checkpoints:
             paths.setdefault(path.resolve(), path)
     runs = [read_run(path, task) for path in paths.values()]
+    if (length := runs[0].data["context_length"]) % 4:
+        raise UserError(f"runs: the context length must be a multiple of 4, got {length}")
     for run in runs[1:]:
         if run.data != runs[0].data:
             raise UserError(

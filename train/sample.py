@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 
-from train.checkpoint import load_checkpoint
-from train.errors import UserError, parsed, told_in_one_line
+from train.checkpoint import last_checkpoint_of, load_checkpoint
+from train.errors import UserError, command
 from train.language_model import LanguageModel
 from train.text import TextData
 from train.tokens import restored
@@ -43,7 +42,7 @@ def sample(
     """
     path = Path(checkpoint)
     if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
+        path = last_checkpoint_of(path)
     content = load_checkpoint(path)
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"device must be cpu{', or cuda' * torch.cuda.is_available()}, got {device}")
@@ -86,10 +85,7 @@ def sample(
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m train.sample", description=__doc__, exit_on_error=False)
-    parser.add_function_arguments(sample)
-    with told_in_one_line():
-        sample(**parsed(parser, args).as_dict())
+    command(sample, args)
 
 
 if __name__ == "__main__":

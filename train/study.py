@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from train import retrieval
 from train.__main__ import main as run
 from train.context_use import context_use
-from train.errors import UserError, parsed, told_in_one_line
+from train.errors import UserError, command, told_in_one_line
 from train.extrapolate import extrapolate
+from train.figures import table
 from train.files import replacing
 from train.measured import in_lengths
 from train.retrieval_accuracy import retrieval_accuracy
@@ -162,19 +162,13 @@ class Study:
 
     def _table(self, rows: list[tuple[str, str]], entry: Callable[[dict[str, Any]], str]) -> list[str]:
         """A Markdown table with a row for each (head, measurement), from L on."""
-        lines: list[str] = []
+        heads, entries = [], []
         for head, name in rows:
             cells = json.loads((self.folder / "measured" / name / "summary.json").read_text())["cells"]
             cells = [cell for cell in cells if cell["context"] >= self.context_length]
-            if not lines:
-                heads = [in_lengths(cell["context"], self.context_length) for cell in cells]
-                lines = [row_of(["context", *heads]), row_of(["---"] * (len(cells) + 1))]
-            lines.append(row_of([head, *map(entry, cells)]))
-        return lines
-
-
-def row_of(entries: Iterable[str]) -> str:
-    return f"| {' | '.join(entries)} |"
+            heads = ["context", *(in_lengths(cell["context"], self.context_length) for cell in cells)]
+            entries.append([head, *map(entry, cells)])
+        return table(heads, entries)
 
 
 def study(
@@ -214,10 +208,7 @@ def study(
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m train.study", description=__doc__, exit_on_error=False)
-    parser.add_function_arguments(study)
-    with told_in_one_line():
-        study(**parsed(parser, args).as_dict())
+    command(study, args)
 
 
 if __name__ == "__main__":
