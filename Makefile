@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed  ## train both encodings, evaluate them, draw the plot
 	$(BIN)/python -m train.demo
 
-study: $(VENV)/installed  ## all that docs/extrapolation.md reports: an hour and more
+study: $(VENV)/installed  ## all that docs/extrapolation.md reports: more than an hour
 	$(BIN)/python -m train.study $(STUDY)
 
 test: lint  ## linters, type checker, all tests

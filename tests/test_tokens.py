@@ -23,7 +23,7 @@ from train.extrapolate import extrapolate
 from train.runs import find_runs
 from train.sample import main as sample
 from train.text import TextData
-from train.tokens import Bytes, Learned, Subwords, restored, tokenizer_of
+from train.tokens import Bytes, Learned, Subwords, decoded, restored, tokenizer_of
 
 TEXT = ["to be or not to be, that is the question\n" * 9, "naïve π 🙂 <|endoftext|>\n\t\t  x"]
 
@@ -39,11 +39,6 @@ def data(tmp_path: Path, **changes: Any) -> TextData:
         write_corpus(corpus)
     given = {"context_length": 16, "paths": [str(corpus)], "batch_size": 2, "cache": str(tmp_path / "cache")}
     return TextData(**given | {"tokenizer": "bpe", "tokenizer_size": 270} | changes)
-
-
-def decoded(tokenizer: Any, numbers: list[int]) -> str:
-    decoder = tokenizer.decoder()
-    return "".join([*map(decoder.add, numbers), decoder.end()])
 
 
 @given(st.text())

@@ -312,6 +312,16 @@ def test_samples_are_printed_and_logged_and_change_nothing(tmp_path: Path, capsy
     assert same(weights_after(run), weights_after(fit(tmp_path, name="silent", model__dropout=0.1)))
 
 
+def test_a_sample_is_text_whatever_the_tokens_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(
+        tmp_path,
+        more=extra("SampleText", prompt="to be", max_new_tokens=7),
+        data__tokenizer="bpe",
+        data__tokenizer_size=270,
+    )
+    assert re.findall(r"--- sample after step (\d+)\nto be", capsys.readouterr().out) == ["4", "8"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

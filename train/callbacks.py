@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from train.errors import UserError
+from train.tokens import Bytes, Tokenizer, decoded
 from xpos_zoo import Transformer
 
 
@@ -47,12 +48,14 @@ class SampleText(L.Callback):
         if trainer.sanity_checking or not trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy):
             return
         model: Any = pl_module.transformer
-        tokens = torch.tensor([list(self.prompt.encode())], device=pl_module.device)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        tokenizer: Tokenizer = data.corpus.tokenizer if hasattr(data, "corpus") else Bytes()
+        tokens = torch.tensor([tokenizer.encode([self.prompt])[0].tolist()], dtype=torch.int64, device=pl_module.device)
         try:
             drawn = model.generate(tokens, self.max_new_tokens, **self.options)
         except ValueError as error:
             raise UserError(f"SampleText: {error}") from error
-        text = bytes(drawn[0].tolist()).decode(errors="replace")
+        text = decoded(tokenizer, drawn[0].tolist())
         trainer.print(f"--- sample after step {trainer.global_step}\n{text}\n---")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

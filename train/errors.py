@@ -66,7 +66,7 @@ def command(work: Callable[..., Any], args: list[str] | None) -> None:
     module = sys.modules[work.__module__]
     assert module.__spec__ is not None
     parser = ArgumentParser(prog=f"python -m {module.__spec__.name}", description=module.__doc__, exit_on_error=False)
-    positional = {"runs"} & signature(work).parameters.keys()
+    positional: set[str | int] = {name for name in signature(work).parameters if name == "runs"}
     if positional:
         parser.add_argument("runs", nargs="+", help="folders of runs, or folders that contain them")
     parser.add_function_arguments(work, skip=positional)

@@ -47,9 +47,9 @@ def weight(line: Line, markersize: float) -> dict[str, Any]:
 
 
 def new_panels(lines: Sequence[Line]) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with a panel for each mode, three a row, on common axes."""
+    """A figure with a panel for each mode, three a row, four two by two, on common axes."""
     titles = {line.mode: line.label for line in lines}
-    columns = min(3, len(titles))
+    columns = 2 if len(titles) == 4 else min(3, len(titles))
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(max(6.5, 3.4 * columns), 0.8 + 2.7 * rows), layout="constrained", facecolor="white")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()

@@ -125,7 +125,9 @@ def plot_contexts(lines: list[Measured], contexts: list[int], documents: list[st
         low, high = zip(*(interval(line.losses[c], documents) for c in contexts), strict=True)
         axes.fill_between(contexts, low, high, color=colour_of(line), alpha=0.15, linewidth=0)
     mark_lengths(panels, contexts, length)
-    finish_panels(figure, panels, in_trained("context length", length, unit), f"loss, nats a {unit}", path)
+    finish_panels(
+        figure, panels, in_trained("context length (bands: 95 % intervals)", length, unit), f"loss, nats a {unit}", path
+    )
 
 
 def plot_positions(lines: list[Measured], length: int, path: Path, unit: str) -> None:

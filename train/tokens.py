@@ -55,6 +55,11 @@ class Tokenizer(Protocol):
     def decoder(self) -> Decoder: ...
 
 
+def decoded(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
+    decoder = tokenizer.decoder()
+    return "".join(map(decoder.add, tokens)) + decoder.end()
+
+
 class ByteDecoder:
     """Characters as soon as they are complete."""
 
