@@ -434,7 +434,7 @@ def plot_resolution(lines: list[Used], settings: Settings, path: Path, unit: str
         axes.plot(settings.contexts, each.mean(1), label=line.name, **look)
         axes.plot(settings.contexts, each, ".", color=look["color"], markersize=3)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.set_xlabel(f"context length, {unit}s (log scale)")
+    axes.set_xlabel(f"context length, {unit}s (log scale; dots are single seeds)")
     axes.set_ylabel("attention resolution R, no unit")
     axes.set_xticks(settings.contexts, [str(context) for context in settings.contexts])
     axes.xaxis.set_minor_formatter(NullFormatter())

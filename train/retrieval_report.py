@@ -129,6 +129,7 @@ def statements(lines: list[Recalled], reaches: dict[str, int | None], settings: 
 def plot(lines: list[Recalled], reaches: dict[str, int | None], settings: Any, path: Path) -> None:
     """A panel for each mode: accuracy and its interval against distance, a line for each encoding."""
     figure, panels = new_panels(lines)
+    figure.suptitle("Recall, by how far back lies what is recalled")
     length = settings.context_length
     mark_lengths(panels, settings.distances, length)
     for line in lines:
@@ -141,7 +142,7 @@ def plot(lines: list[Recalled], reaches: dict[str, int | None], settings: Any, p
         axes.axhline(100 * CHANCE, color="0.5", linestyle=":", linewidth=1.5, label="chance")
         if (reach := reaches[mode]) is not None:
             axes.axvline(reach, color="black", linestyle="--", linewidth=1)
-            words = f" all layers reach\n {reach / length:.2f} L"
-            axes.text(reach, 0.62, words, transform=axes.get_xaxis_transform(), va="center", fontsize=9)
-    label = f"distance in trained lengths (vertical line: L = {length} tokens)"
+            words = f"dashed: all layers\nreach {reach / length:.2f} L"
+            axes.text(0.98, 0.75, words, transform=axes.transAxes, ha="right", va="center", fontsize=9)
+    label = f"distance (bars: 95 % intervals), in trained lengths (vertical line: L = {length} tokens)"
     finish_panels(figure, panels, label, "right answers, %", path)
