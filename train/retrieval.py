@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from train.__main__ import main as train
 from train.errors import UserError
 from train.language_model import IGNORED
-from train.text import RandomBatches
+from train.text import RandomBatches, check_sizes
 from train.tokens import VOCAB_SIZE
 
 KEYS = VALUES = 12  # how many there are
@@ -128,15 +128,13 @@ class RecallData(L.LightningDataModule):
         seed: int = 1,
     ):
         super().__init__()
-        for name, size, least in (
+        check_sizes(
             ("context_length", context_length, 8),
             ("batch_size", batch_size, 1),
             ("couples", couples, 1),
             ("val_windows", val_windows, 1),
             ("num_workers", num_workers, 0),
-        ):
-            if size < least:
-                raise UserError(f"data.{name} must be {least} or above, got {size}")
+        )
         most = min(KEYS - 1, context_length // 4)  # a key is left to pose; half the window is left to fillers
         if couples > most:
             raise UserError(f"data.couples must be at most {most} with context_length {context_length}, got {couples}")
@@ -153,17 +151,7 @@ class RecallData(L.LightningDataModule):
         """Nothing to read."""
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        assert trainer is not None
-        per_step = trainer.accumulate_grad_batches
-        batches = RandomBatches(
-            NUMBERS,
-            self.batch_size,
-            trainer.global_step * per_step,
-            trainer.max_steps * per_step,
-            self.seed,
-            trainer.global_rank,
-        )
+        batches = RandomBatches.of_training(self.trainer, NUMBERS, self.batch_size, self.seed)
         return DataLoader(self._windows("train", NUMBERS), batch_sampler=batches, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:

@@ -59,12 +59,27 @@ class RandomBatches(Sampler[list[int]]):
         self.size, self.batch_size, self.first, self.last = size, batch_size, first, last
         self.seed, self.rank = seed, rank
 
+    @classmethod
+    def of_training(cls, trainer: L.Trainer | None, size: int, batch_size: int, seed: int) -> "RandomBatches":
+        """From the step that the trainer is at to its last."""
+        assert trainer is not None
+        batches = trainer.accumulate_grad_batches
+        first, last = trainer.global_step * batches, trainer.max_steps * batches
+        return cls(size, batch_size, first, last, seed, trainer.global_rank)
+
     def __len__(self) -> int:
         return self.last
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.last):
             yield np.random.default_rng((self.seed, step, self.rank)).integers(self.size, size=self.batch_size).tolist()
+
+
+def check_sizes(*sizes: tuple[str, int, int]) -> None:
+    """Raise a UserError for the first option, its value and the least that it may be, that is too small."""
+    for name, size, least in sizes:
+        if size < least:
+            raise UserError(f"data.{name} must be {least} or above, got {size}")
 
 
 class TextData(L.LightningDataModule):
@@ -118,14 +133,12 @@ class TextData(L.LightningDataModule):
         separate_documents: bool = False,
     ):
         super().__init__()
-        for name, size, least in (
+        check_sizes(
             ("context_length", context_length, 1),
             ("batch_size", batch_size, 1),
             ("max_val_windows", max_val_windows, 1),
             ("num_workers", num_workers, 0),
-        ):
-            if size < least:
-                raise UserError(f"data.{name} must be {least} or above, got {size}")
+        )
         for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0 < fraction < 0.5:
                 raise UserError(f"data.{name} must be between 0 and 0.5, got {fraction}")
@@ -190,18 +203,8 @@ class TextData(L.LightningDataModule):
             self._windows(split, stride=1)
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        assert trainer is not None
         windows = self._windows("train", stride=1)
-        per_step = trainer.accumulate_grad_batches
-        batches = RandomBatches(
-            len(windows),
-            self.batch_size,
-            trainer.global_step * per_step,
-            trainer.max_steps * per_step,
-            self.seed,
-            trainer.global_rank,
-        )
+        batches = RandomBatches.of_training(self.trainer, len(windows), self.batch_size, self.seed)
         return DataLoader(windows, batch_sampler=batches, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
