@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from xpos_zoo.rotary import RotaryEmbedding, at_least_float32
+from xpos_zoo.rotary import RotaryEmbedding, at_least_float32, write_rotations
 
 GAMMA = 0.4  # of the authors' code: zeta runs from GAMMA / (1 + GAMMA) = 2/7 up to almost 1
 
@@ -19,20 +19,25 @@ def decay_rates(head_dim: int, device: torch.device | None = None) -> Tensor:
     return (pair / head_dim + GAMMA) / (1 + GAMMA)
 
 
-@torch.library.custom_op("xpos_zoo::decay_table", mutates_args=())
-def decay_table(positions: Tensor, head_dim: int, scale_base: float, dtype: torch.dtype) -> Tensor:
-    """zeta^(positions / scale_base) and its inverse, evaluated in float64: (2, *positions.shape, head_dim / 2).
+@torch.library.custom_op("xpos_zoo::xpos_table", mutates_args=())
+def xpos_table(
+    positions: Tensor, exponents: Tensor, frequencies: Tensor, log_decay: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """A `rotary_table`, e^(exponents * log_decay) and its inverse, in float64: (4, *positions.shape, head_dim / 2).
 
     An operator of its own for the same reason as `rotary_table`.
     """
-    log_decay = decay_rates(head_dim, positions.device).log() / scale_base
-    decay = (positions[..., None] * log_decay).exp()  # in half the time of a power
-    return torch.stack((decay, 1 / decay)).to(dtype)
+    table = positions.new_empty((4, *positions.shape, *frequencies.shape), dtype=dtype)
+    write_rotations(positions, frequencies, table)
+    decay = torch.exp(exponents[..., None] * log_decay)
+    table[2] = decay
+    table[3] = 1 / decay
+    return table
 
 
-@decay_table.register_fake
-def _(positions: Tensor, head_dim: int, scale_base: float, dtype: torch.dtype) -> Tensor:
-    return positions.new_empty((2, *positions.shape, head_dim // 2), dtype=dtype)
+@xpos_table.register_fake
+def _(positions: Tensor, exponents: Tensor, frequencies: Tensor, log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    return positions.new_empty((4, *positions.shape, *frequencies.shape), dtype=dtype)
 
 
 class XPOS(RotaryEmbedding):
@@ -89,20 +94,16 @@ class XPOS(RotaryEmbedding):
         """
         positions = self._positions(x, offset)
         origin = (x.shape[-2] + offset + 1) // 2
-        factors = self._factors(x, positions - origin)
-        return self._rotated(x, self._table(x, positions), factors[1 if downscale else 0])
+        table = self._table(x, positions, positions - origin)
+        return self._rotated(x, table[:2], table[3 if downscale else 2])
 
     def rotate(
         self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, origin: int | Tensor = 0
     ) -> tuple[Tensor, Tensor]:
         """As `RotaryEmbedding.rotate`, with q scaled by zeta^((q_positions - origin) / scale_base), k inversely."""
-        q_at = q_positions - origin
-        q_table, q_factors = self._table(q, q_at), self._factors(q, q_at)
-        k_table, k_factors = q_table, q_factors
-        if k_positions is not q_positions:
-            k_at = k_positions - origin
-            k_table, k_factors = self._table(k, k_at), self._factors(k, k_at)
-        return self._rotated(q, q_table, q_factors[0]), self._rotated(k, k_table, k_factors[1])
+        q_table = self._table(q, q_positions - origin)
+        k_table = q_table if k_positions is q_positions else self._table(k, k_positions - origin)
+        return self._rotated(q, q_table[:2], q_table[2]), self._rotated(k, k_table[:2], k_table[3])
 
     def max_span(self, dtype: torch.dtype) -> int:
         """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`.
@@ -115,9 +116,12 @@ class XPOS(RotaryEmbedding):
         bits_per_position = -math.log2(GAMMA / (1 + GAMMA)) / self.scale_base
         return max(1, int(2 * bits / bits_per_position))
 
-    def _factors(self, x: Tensor, positions: Tensor) -> Tensor:
-        """What queries and what keys at these positions are multiplied by."""
-        return decay_table(positions, self.head_dim, float(self.scale_base), at_least_float32(x.dtype))
+    def _table(self, x: Tensor, positions: Tensor, exponents: Tensor | None = None) -> Tensor:
+        """cos, sin, what queries and what keys at these positions are multiplied by."""
+        exponents = positions if exponents is None else exponents
+        device = positions.device
+        log_decay = decay_rates(self.head_dim, device).log() / self.scale_base
+        return xpos_table(positions, exponents, self.frequencies(device), log_decay, at_least_float32(x.dtype))
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
