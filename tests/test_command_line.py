@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger
 from tiny import (
     CONFIGS,
     STEPS,
@@ -355,6 +356,13 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_the_checkpoint_before_it(
 complaint = partial(complaint_of, main)
 
 
+class Unreachable(CSVLogger):
+    """As a logger whose server does not answer."""
+
+    def __init__(self) -> None:
+        raise RuntimeError("there is no server")
+
+
 WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a key that is missing": (
         {"data__context_length": "null"},
@@ -397,9 +405,24 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "no steps": ({"trainer__max_steps": -1}, "trainer.max_steps must be above 0, got -1"),
     "no such accelerator": ({"trainer__accelerator": "abacus"}, "invalid accelerator name: `accelerator='abacus'`"),
     "no such strategy": ({"trainer__strategy": "dpp"}, "invalid strategy name: `strategy='dpp'`"),
+    "layers that would be split": (
+        {
+            "trainer__strategy": "lightning.pytorch.strategies.ModelParallelStrategy",
+            "trainer__strategy__data_parallel_size": 2,
+        },
+        "trainer.strategy.tensor_parallel_size must be 1, got auto: a model is sharded over data_parallel_size devices",
+    ),
     "no devices": ({"trainer__devices": 0}, "`Trainer(devices='0')` value is not a valid input"),
     "no such precision": ({"trainer__precision": "int8"}, 'trainer.precision": Does not validate'),
     "no such callback": ({"trainer__callbacks": "ModlCheckpoint"}, 'trainer.callbacks": '),
+    "a logger that is not installed": (
+        {"trainer__logger": "lightning.pytorch.loggers.CometLogger"},
+        "lightning.pytorch.loggers.CometLogger cannot be made: ",
+    ),
+    "a logger without its server": (
+        {"trainer__logger": "test_command_line.Unreachable"},
+        "test_command_line.Unreachable cannot be made: there is no server",
+    ),
     "a batch of none": ({"data__batch_size": 0}, "data.batch_size must be 1 or above, got 0"),
     "no such folder": ({"data__paths": "[nowhere]"}, "data.paths: there is no file or folder 'nowhere'"),
     "no paths": ({"data__paths": "[]"}, "data.paths: no document with UTF-8 text in []"),

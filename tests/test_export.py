@@ -54,6 +54,25 @@ def test_a_model_trained_in_bfloat16_is_exported_so(tmp_path: Path) -> None:
         assert torch.equal(exported[name.removeprefix("transformer.")], weight), name
 
 
+def test_a_model_of_learned_tokens_takes_its_tokenizer_along(run: Path, tmp_path: Path, capfd: Any) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    of_tokens = fit(tmp_path, trainer__max_steps=1, data__tokenizer="bpe", data__tokenizer_size=270)
+    folder = tmp_path / "model"
+    main([f"--checkpoint={of_tokens}", f"--output={folder}"])
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    vocabulary = Transformer.from_pretrained(folder).config["vocab_size"]
+    assert max(tokenizer.get_vocab(with_added_tokens=True).values()) < vocabulary <= 270
+    learned = read_checkpoint(of_tokens)["TextData"]["tokenizer"]
+    assert tokenizer.encode("to be or not").ids == tokenizers.Tokenizer.from_str(learned).encode("to be or not").ids
+    # Nothing is overwritten unasked, not even it alone; and a model of bytes has none.
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    assert "tokenizer.json exists" in complaint([f"--checkpoint={run}", f"--output={folder}"], capfd)
+    assert [path.name for path in folder.iterdir()] == ["tokenizer.json"]
+    main([f"--checkpoint={run}", f"--output={folder}", "--overwrite=true"])
+    assert not (folder / "tokenizer.json").exists()
+
+
 WRONG: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "the following arguments are required: checkpoint, output"),
     "no output": (["--checkpoint={run}"], "the following arguments are required: output"),

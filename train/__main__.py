@@ -97,6 +97,13 @@ class RunCLI(LightningCLI):
                 f"trainer.max_steps must be above 0, got {self.options.trainer.max_steps}: training draws random "
                 "windows, so it has no epochs"
             )
+        strategy = self.options.trainer.strategy
+        split = 1 if isinstance(strategy, str) else strategy.get("init_args.tensor_parallel_size", 1)
+        if split != 1:
+            raise UserError(
+                f"trainer.strategy.tensor_parallel_size must be 1, got {split}: a model is sharded over "
+                "data_parallel_size devices, and no layer is split"
+            )
         if self.options.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [ProgressBar()]
 
@@ -109,9 +116,11 @@ class RunCLI(LightningCLI):
             cause = error.__cause__  # of several types that an option may have, what the first one says
             if isinstance(cause, UserError):
                 raise cause from None
-            if not (why := re.match(r"Problem with given class_path '([\w.]+)':\s*(.*)", str(cause), re.DOTALL)):
-                raise
-            raise UserError(f"{why[1]} cannot be made: {why[2]}") from error
+            if why := re.match(r"Problem with given class_path '([\w.]+)':\s*(.*)", str(cause), re.DOTALL):
+                raise UserError(f"{why[1]} cannot be made: {why[2]}") from error
+            if what := re.search(r"Given value: Namespace\(class_path='([\w.]+)'", str(error)):
+                raise UserError(f"{what[1]} cannot be made: {cause}") from error
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         folder = self.run_folder

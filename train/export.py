@@ -4,15 +4,20 @@ from pathlib import Path
 
 from train.checkpoint import last_checkpoint_of, load_checkpoint
 from train.errors import UserError, command
+from train.files import replacing
 from train.language_model import LanguageModel
+from train.text import tokenizer_json_in
+from train.tokens import FILE
 
 
 def export(checkpoint: str, output: str, block_size: int | None = None, overwrite: bool = False) -> None:
     """Write a trained model as config.json and model.safetensors, without optimizer, data or code.
 
+    A model of anything but bytes has its tokenizer.json beside them.
+
     Args:
         checkpoint: a checkpoint of `python -m train fit`, or the folder of a run, whose last one is meant.
-        output: the folder for both files.
+        output: the folder for these files.
         block_size: of blockwise attention; by default the trained model's. 0 attends to the whole text.
         overwrite: replace a model that is there.
 
@@ -23,7 +28,11 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
     path = Path(checkpoint)
     if path.is_dir():
         path = last_checkpoint_of(path)
-    trained = load_checkpoint(path)["state_dict"]["transformer.embedding.weight"].dtype
+    content = load_checkpoint(path)
+    trained = content["state_dict"]["transformer.embedding.weight"].dtype
+    tokens, tokenizer = Path(output) / FILE, tokenizer_json_in(content)
+    if tokens.exists() and not overwrite:
+        raise UserError(f"{tokens} exists; give another path, or --overwrite true")
     model = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True).transformer.to(trained)
     try:
         if block_size is not None:
@@ -31,6 +40,11 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
         model.save_pretrained(output, overwrite=overwrite)
     except ValueError as error:
         raise UserError(str(error).replace("overwrite=True", "--overwrite true")) from error
+    if tokenizer is None:
+        tokens.unlink(missing_ok=True)  # of a model that was there
+    else:
+        with replacing(tokens) as draft:
+            draft.write_text(tokenizer, encoding="utf-8")
     print(f"{output}: a {trained} model of {sum(p.numel() for p in model.parameters()):,} weights from {path}")
 
 

@@ -7,7 +7,7 @@ import torch
 from train.checkpoint import last_checkpoint_of, load_checkpoint
 from train.errors import UserError, command
 from train.language_model import LanguageModel
-from train.text import TextData
+from train.text import tokenizer_json_in
 from train.tokens import restored
 
 
@@ -52,7 +52,7 @@ def sample(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"prompt must be valid UTF-8, got {prompt!r}") from error
-    tokenizer = restored(content.get(TextData.__qualname__, {}).get("tokenizer"))
+    tokenizer = restored(tokenizer_json_in(content))
     begun = tokenizer.encode([prompt])[0].tolist()
     if not begun:
         raise UserError(f"prompt must have at least one token, {prompt!r} has none")

@@ -229,3 +229,8 @@ class TextData(L.LightningDataModule):
                 "data.context_length"
             )
         return windows
+
+
+def tokenizer_json_in(checkpoint: dict[str, Any]) -> str | None:
+    """The tokenizer.json of a checkpoint's tokens; none if these are bytes."""
+    return checkpoint.get(TextData.__qualname__, {}).get("tokenizer")
