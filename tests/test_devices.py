@@ -18,6 +18,7 @@ from tiny import options, read_checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader
 
 from train.__main__ import main
@@ -121,4 +122,4 @@ def shares_its_heads(rank: int, meeting: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_the_heads_of_a_block(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(shares_its_heads, (tmp_path / "meeting",), nprocs=2)
+    spawn(shares_its_heads, (tmp_path / "meeting",), nprocs=2)
