@@ -236,8 +236,7 @@ def test_temperature_is_exactly_off_for_queries_within_the_trained_length(traine
 def test_the_compiled_temperature_is_not_evaluated_for_every_head_and_channel(compiler_counts):
     from torch._inductor.utils import run_and_get_code
 
-    # Of positions that take no logarithm themselves.
-    module, x = block(positions=RotaryEmbedding, temperature=Temperature(0.5, 10)), normal(0, 2, 40, 32)
+    module, x = block(temperature=Temperature(0.5, 10)), normal(0, 2, 40, 32)
     output, code = run_and_get_code(torch.compile(module, fullgraph=True), x)
     assert not any("log(" in source for source in code)
     assert relative_error(output, module(x)) <= 100 * roundoff(torch.float32)  # sums in another order

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from xpos_zoo import RotaryEmbedding
 from xpos_zoo.checks import require_sizes
+from xpos_zoo.rotary import at_least_float32
 
 
 class NoPositions(nn.Module):
@@ -171,7 +172,13 @@ class YaRN(RotaryEmbedding):
         return q * (0.1 * math.log(self.scale) + 1) ** 2, k
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:
-        theta = super().frequencies(device)
+        """theta_i in radians a position for the d/2 pairs, in float64."""
+        pair = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
+        theta = self.base ** (-pair / self.head_dim)
         turns = self.trained_length * theta / (2 * math.pi)
         kept = ((turns - self.alpha) / (self.beta - self.alpha)).clamp(0, 1)
         return kept * theta + (1 - kept) * theta / self.scale
+
+    def _table(self, x: Tensor, positions: Tensor) -> Tensor:
+        angle = positions[..., None] * self.frequencies(positions.device)
+        return torch.stack((angle.cos(), angle.sin())).to(at_least_float32(x.dtype))

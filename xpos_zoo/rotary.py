@@ -14,31 +14,27 @@ from torch import Tensor, nn
 from xpos_zoo.checks import is_size
 
 
-def rotary_frequencies(head_dim: int, base: float, device: torch.device | None = None) -> Tensor:
-    """theta_i = base^(-2i/d) in radians a position for the d/2 pairs, in float64."""
-    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
-    return base ** (-pair / head_dim)
-
-
 @torch.library.custom_op("xpos_zoo::rotary_table", mutates_args=())
-def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
-    """cos and sin of `positions * frequencies`, evaluated in float64: (2, *positions.shape, len(frequencies)).
+def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    """cos and sin of `positions * theta`, evaluated in float64: (2, *positions.shape, head_dim / 2).
 
     An operator of its own because the compiler must not look inside: it would recompute sine and cosine for every
-    batch row and head instead of once a position.
+    batch row and head instead of once a position, and may round `base` to float32.
     """
-    table = positions.new_empty((2, *positions.shape, *frequencies.shape), dtype=dtype)
-    write_rotations(positions, frequencies, table)
+    table = positions.new_empty((2, *positions.shape, head_dim // 2), dtype=dtype)
+    write_rotations(positions, head_dim, base, table)
     return table
 
 
 @rotary_table.register_fake
-def _(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
-    return positions.new_empty((2, *positions.shape, *frequencies.shape), dtype=dtype)
+def _(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    return positions.new_empty((2, *positions.shape, head_dim // 2), dtype=dtype)
 
 
-def write_rotations(positions: Tensor, frequencies: Tensor, table: Tensor) -> None:
-    angle = positions[..., None] * frequencies
+def write_rotations(positions: Tensor, head_dim: int, base: float, table: Tensor) -> None:
+    """cos and sin of `positions * theta` into table[0] and table[1]."""
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+    angle = positions[..., None] * base ** (-pair / head_dim)
     torch.cos(angle, out=table[0])
     torch.sin(angle, out=table[1])
 
@@ -100,9 +96,7 @@ def fixed_pos_embedding(x: Tensor) -> tuple[Tensor, Tensor]:
     seq_len, dim = x.shape
     dtype = x.dtype if x.is_floating_point() else torch.float32
     # Frequencies 10000^(-j/dim) for dim columns are those of a head of 2 * dim channels.
-    cos, sin = rotary_table(
-        torch.arange(seq_len, device=x.device), rotary_frequencies(2 * dim, 10000.0, x.device), dtype
-    )
+    cos, sin = rotary_table(torch.arange(seq_len, device=x.device), 2 * dim, 10000.0, dtype)
     return sin, cos
 
 
@@ -219,12 +213,8 @@ class RotaryEmbedding(nn.Module):
         """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`: no limit."""
         return sys.maxsize
 
-    def frequencies(self, device: torch.device | None = None) -> Tensor:
-        """By how many radians a position each of the d/2 pairs turns, in float64."""
-        return rotary_frequencies(self.head_dim, self.base, device)
-
     def _table(self, x: Tensor, positions: Tensor) -> Tensor:
-        return rotary_table(positions, self.frequencies(positions.device), at_least_float32(x.dtype))
+        return rotary_table(positions, self.head_dim, self.base, at_least_float32(x.dtype))
 
     def _rotated(self, x: Tensor, table: Tensor, factor: Tensor | None = None) -> Tensor:
         return Rotation.apply(x, table, factor, self.interleaved, False)  # type: ignore[return-value]

@@ -21,23 +21,26 @@ def decay_rates(head_dim: int, device: torch.device | None = None) -> Tensor:
 
 @torch.library.custom_op("xpos_zoo::xpos_table", mutates_args=())
 def xpos_table(
-    positions: Tensor, exponents: Tensor, frequencies: Tensor, log_decay: Tensor, dtype: torch.dtype
+    positions: Tensor, exponents: Tensor, head_dim: int, base: float, scale_base: float, dtype: torch.dtype
 ) -> Tensor:
-    """A `rotary_table`, e^(exponents * log_decay) and its inverse, in float64: (4, *positions.shape, head_dim / 2).
+    """The `rotary_table` of positions, zeta^(exponents / scale_base) and its inverse, evaluated in float64.
 
-    An operator of its own for the same reason as `rotary_table`.
+    (4, *positions.shape, head_dim / 2). An operator of its own for the same reasons.
     """
-    table = positions.new_empty((4, *positions.shape, *frequencies.shape), dtype=dtype)
-    write_rotations(positions, frequencies, table)
-    decay = torch.exp(exponents[..., None] * log_decay)
+    table = positions.new_empty((4, *positions.shape, head_dim // 2), dtype=dtype)
+    write_rotations(positions, head_dim, base, table)
+    log_decay = decay_rates(head_dim, positions.device).log() / scale_base
+    decay = (exponents[..., None] * log_decay).exp_()  # in half the time of a power
     table[2] = decay
-    table[3] = 1 / decay
+    table[3] = decay.reciprocal_()
     return table
 
 
 @xpos_table.register_fake
-def _(positions: Tensor, exponents: Tensor, frequencies: Tensor, log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    return positions.new_empty((4, *positions.shape, *frequencies.shape), dtype=dtype)
+def _(
+    positions: Tensor, exponents: Tensor, head_dim: int, base: float, scale_base: float, dtype: torch.dtype
+) -> Tensor:
+    return positions.new_empty((4, *positions.shape, head_dim // 2), dtype=dtype)
 
 
 class XPOS(RotaryEmbedding):
@@ -119,9 +122,8 @@ class XPOS(RotaryEmbedding):
     def _table(self, x: Tensor, positions: Tensor, exponents: Tensor | None = None) -> Tensor:
         """cos, sin, what queries and what keys at these positions are multiplied by."""
         exponents = positions if exponents is None else exponents
-        device = positions.device
-        log_decay = decay_rates(self.head_dim, device).log() / self.scale_base
-        return xpos_table(positions, exponents, self.frequencies(device), log_decay, at_least_float32(x.dtype))
+        dtype = at_least_float32(x.dtype)
+        return xpos_table(positions, exponents, self.head_dim, self.base, float(self.scale_base), dtype)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
