@@ -271,6 +271,98 @@ def test_training_goes_on_from_a_checkpoint_that_is_named(tmp_path: Path, uninte
     assert_equals(run, uninterrupted)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_that_was_begun_from_a_named_checkpoint_goes_on_from_its_own(
+    tmp_path: Path, uninterrupted: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InterruptionError):
+        fit(tmp_path, more=interrupted_at(4))
+    begun = tmp_path / "runs" / "xpos" / "seed1" / "checkpoints" / "last.ckpt"
+    copied: dict[str, Any] = {"name": "copy", "ckpt_path": begun}
+    with pytest.raises(InterruptionError):
+        fit(tmp_path, more=interrupted_at(7), **copied)
+    run = fit(tmp_path, more=("--trainer.callbacks+=tiny.Recorder",), **copied)
+    assert len(Recorder.batches) == STEPS - 6
+    assert_equals(run, uninterrupted)
+    before = snapshot(run)
+    fit(tmp_path, **copied)
+    assert snapshot(run) == before
+    line = complaint(["fit", *options(tmp_path, name="copy", ckpt_path="another.ckpt")], capfd)
+    assert line.startswith(f"{run} holds a run that was not begun with ckpt_path another.ckpt; give this one a --name")
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_that_goes_on_from_another_has_its_own_rates(tmp_path: Path) -> None:
+    shorter = fit(tmp_path, name="shorter", model__schedule="wsd") / "checkpoints" / "last.ckpt"
+    own: dict[str, Any] = {
+        "trainer__max_steps": STEPS + 4,
+        "model__learning_rate": 1e-3,
+        "model__schedule": "linear",
+        "model__weight_decay": 0.3,
+    }
+    whole, longer = (
+        read_checkpoint(fit(tmp_path, name=name, ckpt_path=begun, **own))
+        for name, begun in (("whole", None), ("longer", shorter))
+    )
+    for content in (whole, longer):
+        assert content["global_step"] == STEPS + 4
+    assert whole["lr_schedulers"] == longer["lr_schedulers"]
+    assert whole["optimizer_states"][0]["param_groups"] == longer["optimizer_states"][0]["param_groups"]
+    assert not same(whole["state_dict"], longer["state_dict"])
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_whose_callback_or_folder_has_changed_keeps_one_last_checkpoint(
+    tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    changes: dict[str, Any] = {}
+    for step, changed in ((4, {"trainer__callbacks__every_n_train_steps": 2}), (7, {"runs": tmp_path / "moved"})):
+        with pytest.raises(InterruptionError):
+            fit(tmp_path, more=interrupted_at(step), **changes)
+        changes |= changed
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    run = tmp_path / "moved" / "xpos" / "seed1"
+    assert read_checkpoint(run)["global_step"] == 6
+    with pytest.raises(InterruptionError):
+        fit(tmp_path, more=interrupted_at(STEPS), **changes)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    fit(tmp_path, **changes)
+    assert_equals(run, uninterrupted)
+
+
+def test_a_run_keeps_its_last_checkpoint_whatever_callbacks_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.__main__.SAVED_EVERY", 2)
+    given: dict[str, Any] = SHIPPED_CALLBACKS | {"trainer__callbacks": "Throughput"}
+    with pytest.raises(InterruptionError):
+        fit(tmp_path, more=interrupted_at(5), **given)
+    run = tmp_path / "runs" / "xpos" / "seed1"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert read_checkpoint(run)["global_step"] == 4
+
+
+def test_two_processes_do_not_train_one_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "runs" / "xpos" / "seed1"
+    held = f"""
+from pathlib import Path
+from train.files import to_itself
+with to_itself(Path({str(run / ".lock")!r})) as alone:
+    print(alone, flush=True)
+    input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=CONFIGS.parent
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        line = complaint(["fit", *options(tmp_path)], capfd)
+        assert line == f"{run} is being trained by another process; wait for it, or end it"
+        assert [path.name for path in run.iterdir()] == [".lock"]
+        other.kill()
+    assert read_checkpoint(fit(tmp_path))["global_step"] == STEPS
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = fit(tmp_path)
     before = snapshot(run)
@@ -411,6 +503,13 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
             "trainer__strategy__data_parallel_size": 2,
         },
         "trainer.strategy.tensor_parallel_size must be 1, got auto: a model is sharded over data_parallel_size devices",
+    ),
+    "a checkpoint in pieces": (
+        {
+            "trainer__strategy": "lightning.pytorch.strategies.ModelParallelStrategy",
+            "trainer__strategy__tensor_parallel_size": 1,
+        },
+        "trainer.strategy.save_distributed_checkpoint must be False, got True: a checkpoint is one file",
     ),
     "no devices": ({"trainer__devices": 0}, "`Trainer(devices='0')` value is not a valid input"),
     "no such precision": ({"trainer__precision": "int8"}, 'trainer.precision": Does not validate'),

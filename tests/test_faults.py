@@ -22,6 +22,7 @@ def command(folder: Path, name: str, workers: int) -> list[str]:
         name=name,
         data__num_workers=workers,
         data__max_val_windows=8,
+        model__dropout=0.2,
         trainer__max_steps=STEPS,
         trainer__val_check_interval=VALIDATED,
         trainer__callbacks__every_n_train_steps=EVERY,

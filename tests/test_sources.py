@@ -205,6 +205,21 @@ def test_a_data_set_is_streamed_unless_it_is_said_otherwise(tmp_path: Path, monk
     ]
 
 
+def test_a_change_of_a_file_that_a_data_set_names_is_noticed(tmp_path: Path) -> None:
+    file = write_records(tmp_path / "some" / "a.jsonl")
+    named: list[dict[str, Any]] = [
+        {"path": "json", "data_files": str(file)},
+        {"path": "json", "data_files": {"train": [f"{tmp_path}/*/*.jsonl"]}},
+        {"path": "json", "data_dir": str(file.parent)},
+        {"path": str(tmp_path), "data_files": "some/*"},
+        {"path": str(tmp_path)},
+    ]
+    sources = [Source(None, options, Fields("text", None)) for options in named]
+    before = [source.state() for source in sources]
+    write_records(file, RECORDS[:1])
+    assert all(was != source.state() for was, source in zip(before, sources, strict=True))
+
+
 def test_records_without_text_are_left_out_and_half_characters_replaced(tmp_path: Path) -> None:
     path = write_records(tmp_path / "a.jsonl", [{"text": text} for text in ("a", "", None, "b\0", "\ud800c")])
     assert documents(path) == [("a.jsonl/1", "a"), ("a.jsonl/5", "?c")]

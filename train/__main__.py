@@ -4,6 +4,7 @@ import logging
 import re
 import signal
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from train.callbacks import SampleText, Throughput
 from train.checkpoint import CheckpointFiles, Checkpoints, check_fits, difference, last_checkpoint_of, load_checkpoint
 from train.errors import UserError, explained, told_in_one_line
-from train.files import replacing
+from train.files import replacing, to_itself
 from train.language_model import LanguageModel
 from train.text import TextData
 
@@ -26,6 +27,8 @@ CALLBACKS = (Checkpoints, SampleText, Throughput)  # imported, so that YAML can 
 FREE = {"model": {"compile", "checkpoint_activations"}, "data": {"num_workers", "cache"}}
 # ... and in all of the trainer's options but these, which do.
 BOUND = {"max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision"}
+
+SAVED_EVERY = 100  # steps, where the configuration names no callback that keeps the last checkpoint
 
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # what NumPy takes
 
@@ -97,15 +100,28 @@ class RunCLI(LightningCLI):
                 f"trainer.max_steps must be above 0, got {self.options.trainer.max_steps}: training draws random "
                 "windows, so it has no epochs"
             )
-        strategy = self.options.trainer.strategy
-        split = 1 if isinstance(strategy, str) else strategy.get("init_args.tensor_parallel_size", 1)
-        if split != 1:
-            raise UserError(
-                f"trainer.strategy.tensor_parallel_size must be 1, got {split}: a model is sharded over "
-                "data_parallel_size devices, and no layer is split"
-            )
+        self._check_strategy()
+        callbacks: list[Any] = []
         if self.options.trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"] = [ProgressBar()]
+            callbacks.append(ProgressBar())
+        if self.options.trainer.enable_checkpointing is not False and not self._keeps_last_checkpoint():
+            callbacks.append(Checkpoints(save_last=True, save_top_k=0, every_n_train_steps=SAVED_EVERY))
+        self.trainer_defaults["callbacks"] = callbacks
+
+    def _check_strategy(self) -> None:
+        strategy = self.options.trainer.strategy
+        options = {} if isinstance(strategy, str) else strategy.get("init_args", {})
+        for option, right, why in (
+            ("tensor_parallel_size", 1, "a model is sharded over data_parallel_size devices, and no layer is split"),
+            ("save_distributed_checkpoint", False, "a checkpoint is one file, whatever wrote it"),
+        ):
+            if (given := options.get(option, right)) != right:
+                raise UserError(f"trainer.strategy.{option} must be {right}, got {given}: {why}")
+
+    def _keeps_last_checkpoint(self) -> bool:
+        """Whether a callback does, without which a run could not go on."""
+        callbacks = self.options.trainer.callbacks or []
+        return any(c.get("init_args.save_last") for c in (callbacks if isinstance(callbacks, list) else [callbacks]))
 
     def instantiate_classes(self) -> None:
         try:
@@ -139,6 +155,8 @@ class RunCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(last_checkpoint_of(folder).parent)
+            if isinstance(callback, ModelCheckpoint):
+                callback._enable_version_counter = False  # or a callback that was changed starts a last-v1.ckpt
             if isinstance(callback, ModelCheckpoint) and self.options.trainer.fast_dev_run:
                 callback.save_last = False  # Lightning skips all other checkpoints of such a trial
         return trainer
@@ -149,7 +167,8 @@ class RunCLI(LightningCLI):
         if last.exists():
             self._check_same_run()
         if last.exists() or ckpt_path == "last":
-            ckpt_path = self._path_of(ckpt_path)
+            ckpt_path = str(last)
+        self.model.own_rates = ckpt_path != str(last)
         begun = self._to_go_on_from(ckpt_path) if ckpt_path else {"global_step": 0}
         done = begun["global_step"]
         if done >= steps or (done and self._stopped_early(begun)):
@@ -160,16 +179,21 @@ class RunCLI(LightningCLI):
         self.datamodule.setup("fit")  # complains about the text before the trainer writes its first file
         if ckpt_path:
             self._check_text(ckpt_path, same=ckpt_path == str(last))
-        self.trainer.print(f"{folder}: steps {done + 1} to {steps} on {self.trainer.strategy.root_device}")
-        try:
-            self.trainer.fit(weights_only=True, ckpt_path=ckpt_path, **kwargs)
-        except SystemExit:
-            if not self.trainer.interrupted:
-                raise
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from here on
-            raise KeyboardInterrupt from None
-        if (self.trainer.global_step >= steps or self.trainer.should_stop) and not self.options.trainer.fast_dev_run:
-            self.trainer.save_checkpoint(last, weights_only=False)
+        # Of several processes of one training, the first stands for all.
+        with to_itself(folder / ".lock") if self.trainer.is_global_zero else nullcontext(True) as alone:
+            if not alone:
+                raise UserError(f"{folder} is being trained by another process; wait for it, or end it")
+            self.trainer.print(f"{folder}: steps {done + 1} to {steps} on {self.trainer.strategy.root_device}")
+            try:
+                self.trainer.fit(weights_only=True, ckpt_path=ckpt_path, **kwargs)
+            except SystemExit:
+                if not self.trainer.interrupted:
+                    raise
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from here on
+                raise KeyboardInterrupt from None
+            finished = self.trainer.global_step >= steps or self.trainer.should_stop
+            if finished and not self.options.trainer.fast_dev_run:
+                self.trainer.save_checkpoint(last, weights_only=False)
 
     def _stopped_early(self, checkpoint: dict[str, Any]) -> bool:
         states = checkpoint.get("callbacks", {}).values()
@@ -220,6 +244,12 @@ class RunCLI(LightningCLI):
         """A folder's run goes on only with what it was begun with, as far as its numbers depend on it."""
         parser = self._parser(self.subcommand)
         begun = read_config(config_of(self.run_folder))
+        named = self.options.ckpt_path
+        if named not in (None, "last", begun.get("ckpt_path"), str(last_checkpoint_of(self.run_folder))):
+            raise UserError(
+                f"{self.run_folder} holds a run that was not begun with ckpt_path {named}; "
+                "give this one a --name of its own, or leave that option out to go on with the run"
+            )
         now = yaml.safe_load(parser.dump(self.options, skip_unset=False))
         defaults = yaml.safe_load(parser.dump(parser.get_defaults(), skip_unset=False, skip_validation=True))
         for group in ("seed_everything", "model", "data", "trainer"):
@@ -254,6 +284,7 @@ def main(args: list[str] | None = None, data: type[Any] = TextData, prog: str = 
         "exists and is not empty",
         r"isinstance\(treespec, LeafSpec\)",
         "your dataloader is not resumable",  # it is: `RandomBatches` depends on the step alone
+        "Be aware that when using `ckpt_path`, callbacks",  # which may change
         "re using the WeightAveraging callback",  # of averaged weights: they are what a checkpoint's state_dict holds
     ):
         warnings.filterwarnings("ignore", f".*{noise}")

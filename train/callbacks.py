@@ -78,13 +78,17 @@ class Throughput(L.Callback):
 
     def _start(self, step: int) -> None:
         self.step, self.tokens, self.paused, self.since = step, 0, 0.0, time.monotonic()
+        self.pause: float | None = None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.pause = time.monotonic()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.pause is not None:  # other callbacks may have gone on after the validation
             self.paused += time.monotonic() - self.pause
+            self.pause = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

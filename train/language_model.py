@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from typing import Any, Literal, Protocol
 
 import lightning as L
@@ -33,6 +34,11 @@ DIVERGED = (
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 
 
+def random_numbers(device: str) -> Any:
+    """The module that holds the random state of a kind of device."""
+    return torch.cuda if device == "cuda" else torch.random
+
+
 class Positions(Protocol):
     """Gives a position module for a head_dim. What is a parameter here, YAML cannot set below `model.positions`."""
 
@@ -43,6 +49,10 @@ class LanguageModel(L.LightningModule):
     """A `Transformer` with AdamW and a learning rate that rises linearly, then falls.
 
     A loss or a weight that is not finite ends the training, and no checkpoint is written any more.
+
+    Attributes:
+        own_rates: whether training that goes on from a checkpoint, of another run that is, does so with this model's
+            learning rates and weight decay instead of those that the checkpoint holds.
 
     Args:
         context_length: training length L; the data's own.
@@ -100,7 +110,9 @@ class LanguageModel(L.LightningModule):
         self.weight_decay = weight_decay
         self.compile_layers = compile
         self.schedule = schedule
+        self.own_rates = False
         self._first_not_finite: Tensor | None = None
+        self._random_state: dict[str, Tensor] | None = None
 
         def for_context_length(head_dim: int) -> Any:
             try:
@@ -184,6 +196,12 @@ class LanguageModel(L.LightningModule):
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check_finite()
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self._random_state is not None:  # of a checkpoint; only now nobody draws any more before dropout does
+            for device, state in self._random_state.items():
+                random_numbers(device).set_rng_state(state)
+            self._random_state = None
+
     def on_validation_start(self) -> None:
         self._check_finite()
 
@@ -192,6 +210,27 @@ class LanguageModel(L.LightningModule):
         for name, weight in checkpoint["state_dict"].items():
             if weight.is_floating_point() and not weight.isfinite().all():
                 raise UserError(f"{name} is not finite after step {checkpoint['global_step']}; {DIVERGED}")
+        devices = {"cpu", self.device.type}
+        checkpoint["random_state"] = {device: random_numbers(device).get_rng_state() for device in devices}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._random_state = checkpoint.get("random_state")
+        if self.own_rates:
+            checkpoint["lr_schedulers"] = []
+
+    def on_train_start(self) -> None:
+        if not (self.own_rates and self.global_step):
+            return
+        made = self.configure_optimizers()
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        schedule = made["lr_scheduler"]["scheduler"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it misses its optimizer's steps
+            for _ in range(self.global_step):
+                schedule.step()
+        config.scheduler.load_state_dict(schedule.state_dict())
+        for theirs, ours in zip(optimizer.param_groups, made["optimizer"].param_groups, strict=True):
+            theirs.update({name: value for name, value in ours.items() if name != "params"})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._log_held_out("val", batch, prog_bar=True)

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -265,14 +266,13 @@ class Source:
         return {"paths": resolved, "code": self.paths is None, "fields": asdict(self.fields)}
 
     def files(self) -> dict[Path, str]:
-        """The source's files, and their names, in the order of these; none of a data set from a hub.
+        """The source's files that are here, and their names, in the order of these; a hub's data set has none.
 
         Raises:
             UserError: a path does not exist.
         """
         if self.dataset is not None:
-            folder = Path(self.dataset["path"])
-            names = {path: str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+            names = {path: str(path) for path in dataset_files(self.dataset)}
         else:
             names = standard_library() if self.paths is None else text_files(self.paths)
         return dict(sorted(names.items(), key=lambda item: (item[1], item[0])))
@@ -309,6 +309,20 @@ class Source:
                 yield from parquet_documents(path, name, self.fields, report)
             else:
                 yield from text_documents(path, name, path in named, report)
+
+
+def dataset_files(options: dict[str, Any]) -> Iterator[Path]:
+    """The files that are here among those that the arguments of `datasets.load_dataset` name."""
+    folder = Path(options["path"])
+    patterns = [options["path"], options.get("data_dir") or [], options.get("data_files") or []]
+    while patterns:
+        pattern = patterns.pop()
+        if not isinstance(pattern, str):
+            patterns += pattern.values() if isinstance(pattern, dict) else pattern
+            continue
+        for place in {pattern, str(folder / pattern)}:
+            for found in map(Path, glob(place, recursive=True)):  # noqa: PTH207 (a pattern may be absolute)
+                yield from [found] if found.is_file() else (path for path in found.rglob("*") if path.is_file())
 
 
 def dataset_documents(options: dict[str, Any], fields: Fields, report: Report) -> Iterator[Named]:

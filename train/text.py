@@ -88,8 +88,8 @@ class TextData(L.LightningDataModule):
     Args:
         context_length: training length L in tokens; a window has one more, the last target.
         paths: text files, folders of them, or patterns such as `texts/**/*.txt`; by default the source of Python's
-            standard library. JSON lines (.jsonl, .ndjson) and Parquet (.parquet) have a document a record. All may be
-            compressed (.gz, .zst).
+            standard library. JSON lines (.jsonl, .ndjson) and Parquet (.parquet) have a document a record. All but
+            Parquet may be compressed (.gz, .zst).
         dataset: in place of paths, a Hugging Face data set, from a hub or a folder: its name, or the arguments of
             `datasets.load_dataset`, such as `{path: wikitext, name: wikitext-103-raw-v1}`; its split is train and
             streamed unless they say otherwise.
