@@ -174,7 +174,8 @@ def main() -> None:
                 if options.device == "cuda":
                     rows[-1]["ours, compiled, ms"] = times["ours, compiled"]
                 print(rows[-1], flush=True)
-    publish("rotary", options.device, {"heads": HEADS, "head_dim": HEAD_DIM, "scale_base": SCALE_BASE}, rows)
+    name = "rotary" if len(options.dtypes) > 1 else f"rotary-{options.dtypes[0]}"
+    publish(name, options.device, {"heads": HEADS, "head_dim": HEAD_DIM, "scale_base": SCALE_BASE}, rows)
 
 
 if __name__ == "__main__":

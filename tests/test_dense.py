@@ -228,6 +228,16 @@ def test_attention_equals_the_formula_on_cuda(scale_base, dtype):
 
 
 @pytest.mark.gpu
+def test_what_a_mask_hides_stays_hidden_on_cuda_however_large_it_is():
+    """Scores of the future reach 5e5 here, far above what a backend may put for minus infinity."""
+    n, encoding = 600, Encoding(64)
+    q, k, v = inputs(n, b=1, d=32, dtype=torch.bfloat16, grad=False)
+    ids = torch.zeros(1, n, dtype=torch.int64, device="cuda")
+    actual = dense_attention(q.cuda(), k.cuda(), v.cuda(), XPOS(32, 64), document_ids=ids).cpu()
+    assert_attends_exactly(actual, q, k, v, visible(n), encoding)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("g", [4, 1], ids=["equal heads", "multi-query"])
 def test_a_bias_is_added_to_the_logits_on_cuda(g, dtype):

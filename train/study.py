@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from train import retrieval
@@ -198,6 +199,7 @@ def study(
         so_far = (time.monotonic() - begun) / 60
         print(f"\n[{i + 1}/{len(steps)}] {step.name}; {so_far:.0f} min so far, about {left:.0f} min left", flush=True)
         start = time.monotonic()
+        torch.compiler.reset()  # or the layers of one training count as graphs of another's, whose number is limited
         step.work()
         minutes = (time.monotonic() - start) / 60
         if minutes > ALREADY_DONE * step.minutes:

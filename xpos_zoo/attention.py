@@ -245,7 +245,8 @@ class MultiHeadAttention(nn.Module):
 
         Raises:
             ValueError: an argument has another shape, a dtype that the weights or the cache do not fit, or does not go
-                with another; the cache is full (in a compiled graph a RuntimeError).
+                with another; the cache is full (in a compiled graph a RuntimeError, on CUDA a failed assertion of the
+                device, which ends its use).
         """
         self._check(x, cache, lengths, document_ids)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):

@@ -4,11 +4,13 @@ Axes: b batch, h heads, g key-value heads (h is a multiple of g), n queries, m k
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from einops import repeat
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from xpos_zoo.bias import DistanceBias
@@ -43,19 +45,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: floa
 
     It is causal if mask is None, else where mask is True; a mask of floating-point numbers is added to the logits.
     """
+    cuda = q.device.type == "cuda"
+    grouped = k.shape[1] != q.shape[1]
+    # With a mask, or in float32, no fused CUDA kernel knows grouped heads.
+    if grouped and (mask is not None or (cuda and q.dtype == torch.float32)):
+        k, v = (repeat(t, "b g n d -> b (g r) n d", r=q.shape[1] // t.shape[1]) for t in (k, v))
+        grouped = False
     if mask is None:
-        return scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=dropout_p, enable_gqa=k.shape[1] != q.shape[1]
-        )
-    # With a mask, no fused CUDA kernel knows grouped heads.
-    k, v = (repeat(t, "b g n d -> b (g r) n d", r=q.shape[1] // t.shape[1]) for t in (k, v))
-    if mask.dtype == torch.bool:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
-    # On the CPU a mask may be more precise than q. CUDA's memory-efficient kernel wants q's dtype, so that there a bias
-    # is rounded: one of 10 by up to 0.03 in bfloat16, 0.004 in float16.
-    mask = mask.to(at_least_float32(q.dtype) if q.device.type == "cpu" else q.dtype)
-    with torch.autocast(q.device.type, enabled=False):  # it would round the mask
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p, enable_gqa=grouped)
+    # cuDNN takes a hidden score for -65504, which is not below what xPos gives far in the future (pytorch #177842).
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if cuda else nullcontext():
+        if mask.dtype == torch.bool:
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        # On the CPU a mask may be more precise than q. CUDA's memory-efficient kernel wants q's dtype, so that there a
+        # bias is rounded: one of 10 by up to 0.03 in bfloat16, 0.004 in float16.
+        mask = mask.to(q.dtype if cuda else at_least_float32(q.dtype))
+        with torch.autocast(q.device.type, enabled=False):  # it would round the mask
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 
 def dense_attention(
