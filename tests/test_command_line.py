@@ -62,6 +62,13 @@ def interrupted_at(step: int, hook: str = "on_train_batch_end", kill: bool = Fal
     return (f'--trainer.callbacks+={{"class_path": "tiny.Interrupt", "init_args": {args}}}',)
 
 
+def interrupt(tmp_path: Path, step: int, hook: str = "on_train_batch_end", **changes: Any) -> Path:
+    """Train until that step; gives where the run's last checkpoint is, if it has come to one."""
+    with pytest.raises(InterruptionError):
+        fit(tmp_path, more=interrupted_at(step, hook), **changes)
+    return tmp_path / "runs" / str(changes.get("name", "xpos")) / "seed1" / "checkpoints" / "last.ckpt"
+
+
 def metrics(run: Path, column: str) -> dict[int, float]:
     """Of all the folder's logs, by step."""
     logs = [path.read_text().splitlines() for path in sorted(run.glob("metrics/*/metrics.csv"))]
@@ -234,8 +241,7 @@ def assert_equals(run: Path, uninterrupted: dict[str, Any]) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(
     step: int, hook: str, tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
-    with pytest.raises(InterruptionError):
-        fit(tmp_path, more=interrupted_at(step, hook))
+    interrupt(tmp_path, step, hook)
     run = fit(tmp_path)
     assert_equals(run, uninterrupted)
     assert metrics(run, "train_bits_per_byte") == pytest.approx(uninterrupted["metrics"], rel=1e-12)
@@ -245,8 +251,7 @@ def test_a_run_that_is_interrupted_again_and_again_still_equals_an_uninterrupted
     tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
     for step in (2, 4, 7):
-        with pytest.raises(InterruptionError):
-            fit(tmp_path, more=interrupted_at(step))
+        interrupt(tmp_path, step)
     assert_equals(fit(tmp_path), uninterrupted)
 
 
@@ -261,26 +266,19 @@ def test_a_killed_process_leaves_a_run_that_goes_on_to_the_same_end(tmp_path: Pa
     assert_equals(run, read_checkpoint(tmp_path / "runs" / "whole" / "seed1"))
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_training_goes_on_from_a_checkpoint_that_is_named(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
-    with pytest.raises(InterruptionError):
-        fit(tmp_path, more=interrupted_at(5))
-    begun = tmp_path / "runs" / "xpos" / "seed1" / "checkpoints" / "last.ckpt"
+    begun = interrupt(tmp_path, 5)
     run = fit(tmp_path, name="copy", more=(f"--ckpt_path={begun}", "--trainer.callbacks+=tiny.Recorder"))
     assert len(Recorder.batches) == STEPS - 3
     assert_equals(run, uninterrupted)
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_that_was_begun_from_a_named_checkpoint_goes_on_from_its_own(
     tmp_path: Path, uninterrupted: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(InterruptionError):
-        fit(tmp_path, more=interrupted_at(4))
-    begun = tmp_path / "runs" / "xpos" / "seed1" / "checkpoints" / "last.ckpt"
+    begun = interrupt(tmp_path, 4)
     copied: dict[str, Any] = {"name": "copy", "ckpt_path": begun}
-    with pytest.raises(InterruptionError):
-        fit(tmp_path, more=interrupted_at(7), **copied)
+    interrupt(tmp_path, 7, **copied)
     run = fit(tmp_path, more=("--trainer.callbacks+=tiny.Recorder",), **copied)
     assert len(Recorder.batches) == STEPS - 6
     assert_equals(run, uninterrupted)
@@ -291,7 +289,6 @@ def test_a_run_that_was_begun_from_a_named_checkpoint_goes_on_from_its_own(
     assert line.startswith(f"{run} holds a run that was not begun with ckpt_path another.ckpt; give this one a --name")
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_that_goes_on_from_another_has_its_own_rates(tmp_path: Path) -> None:
     shorter = fit(tmp_path, name="shorter", model__schedule="wsd") / "checkpoints" / "last.ckpt"
     own: dict[str, Any] = {
@@ -311,20 +308,17 @@ def test_a_run_that_goes_on_from_another_has_its_own_rates(tmp_path: Path) -> No
     assert not same(whole["state_dict"], longer["state_dict"])
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_run_whose_callback_or_folder_has_changed_keeps_one_last_checkpoint(
     tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
     changes: dict[str, Any] = {}
     for step, changed in ((4, {"trainer__callbacks__every_n_train_steps": 2}), (7, {"runs": tmp_path / "moved"})):
-        with pytest.raises(InterruptionError):
-            fit(tmp_path, more=interrupted_at(step), **changes)
+        interrupt(tmp_path, step, **changes)
         changes |= changed
     (tmp_path / "runs").rename(tmp_path / "moved")
     run = tmp_path / "moved" / "xpos" / "seed1"
     assert read_checkpoint(run)["global_step"] == 6
-    with pytest.raises(InterruptionError):
-        fit(tmp_path, more=interrupted_at(STEPS), **changes)
+    interrupt(tmp_path, STEPS, **changes)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     fit(tmp_path, **changes)
     assert_equals(run, uninterrupted)
@@ -335,8 +329,7 @@ def test_a_run_keeps_its_last_checkpoint_whatever_callbacks_it_is_given(
 ) -> None:
     monkeypatch.setattr("train.__main__.SAVED_EVERY", 2)
     given: dict[str, Any] = SHIPPED_CALLBACKS | {"trainer__callbacks": "Throughput"}
-    with pytest.raises(InterruptionError):
-        fit(tmp_path, more=interrupted_at(5), **given)
+    interrupt(tmp_path, 5, **given)
     run = tmp_path / "runs" / "xpos" / "seed1"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert read_checkpoint(run)["global_step"] == 4
@@ -383,8 +376,7 @@ def test_a_finished_checkpoint_is_not_said_to_be_of_the_folder_that_has_none(
 
 
 def test_last_is_the_last_checkpoint_of_the_run(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
-    with pytest.raises(InterruptionError):
-        fit(tmp_path, more=interrupted_at(5))
+    interrupt(tmp_path, 5)
     assert_equals(fit(tmp_path, ckpt_path="last"), uninterrupted)
     for command in ("validate", "test"):
         main([command, *options(tmp_path, ckpt_path="last")])
@@ -393,9 +385,7 @@ def test_last_is_the_last_checkpoint_of_the_run(tmp_path: Path, uninterrupted: d
 def test_a_run_whose_checkpoint_was_damaged_goes_on_when_that_is_removed(
     tmp_path: Path, uninterrupted: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(InterruptionError):
-        fit(tmp_path, more=interrupted_at(5))
-    checkpoint = tmp_path / "runs" / "xpos" / "seed1" / "checkpoints" / "last.ckpt"
+    checkpoint = interrupt(tmp_path, 5)
     cut_in_half(checkpoint)
     line = complaint(["fit", *options(tmp_path)], capfd)
     assert line.startswith(f"{checkpoint} is no checkpoint, or a damaged one")
@@ -429,9 +419,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(tmp_path: Path, mon
 def test_a_full_disk_is_told_in_one_line_and_leaves_the_checkpoint_before_it(
     tmp_path: Path, uninterrupted: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(InterruptionError):
-        fit(tmp_path, more=interrupted_at(5))
-    checkpoint = tmp_path / "runs" / "xpos" / "seed1" / "checkpoints" / "last.ckpt"
+    checkpoint = interrupt(tmp_path, 5)
     before = checkpoint.read_bytes()
     checkpoint.with_name("last.ckpt.draft").symlink_to("/dev/full")
     assert complaint(["fit", *options(tmp_path)], capfd) == (
@@ -703,7 +691,6 @@ def test_a_checkpoint_of_another_function_is_told_with_the_difference(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_checkpoint_is_evaluated_at_another_length_and_block_size(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -745,8 +732,7 @@ def test_a_run_that_was_never_trained_is_told_in_one_line(
 def test_a_folder_of_another_run_is_left_alone(
     changes: dict[str, Any], difference: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(InterruptionError):
-        fit(tmp_path, more=interrupted_at(5))
+    interrupt(tmp_path, 5)
     before = snapshot(tmp_path / "runs")
     line = complaint(["fit", *options(tmp_path, **changes)], capfd)
     assert difference in line

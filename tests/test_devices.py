@@ -61,7 +61,6 @@ def command(tmp_path: Path, name: str, **changes: Any) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
 def test_two_processes_train_as_one_does_on_both_their_batches(strategy: list[str], tmp_path: Path) -> None:
     main(command(tmp_path, "one"), data=BothRanks)

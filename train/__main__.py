@@ -16,7 +16,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from train.callbacks import SampleText, Throughput
-from train.checkpoint import CheckpointFiles, Checkpoints, check_fits, difference, last_checkpoint_of, load_checkpoint
+from train.checkpoint import (
+    CheckpointFiles,
+    Checkpoints,
+    OwnRates,
+    check_fits,
+    difference,
+    last_checkpoint_of,
+    load_checkpoint,
+)
 from train.errors import UserError, explained, told_in_one_line
 from train.files import replacing, to_itself
 from train.language_model import LanguageModel
@@ -153,11 +161,12 @@ class RunCLI(LightningCLI):
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
+            if callback.dirpath is None:
                 callback.dirpath = str(last_checkpoint_of(folder).parent)
-            if isinstance(callback, ModelCheckpoint):
-                callback._enable_version_counter = False  # or a callback that was changed starts a last-v1.ckpt
-            if isinstance(callback, ModelCheckpoint) and self.options.trainer.fast_dev_run:
+            callback._enable_version_counter = False  # or a callback that was changed starts a last-v1.ckpt
+            if self.options.trainer.fast_dev_run:
                 callback.save_last = False  # Lightning skips all other checkpoints of such a trial
         return trainer
 
@@ -168,7 +177,8 @@ class RunCLI(LightningCLI):
             self._check_same_run()
         if last.exists() or ckpt_path == "last":
             ckpt_path = str(last)
-        self.model.own_rates = ckpt_path != str(last)
+        elif ckpt_path:
+            self.trainer.callbacks.append(OwnRates())  # type: ignore[attr-defined]
         begun = self._to_go_on_from(ckpt_path) if ckpt_path else {"global_step": 0}
         done = begun["global_step"]
         if done >= steps or (done and self._stopped_early(begun)):
@@ -284,7 +294,8 @@ def main(args: list[str] | None = None, data: type[Any] = TextData, prog: str = 
         "exists and is not empty",
         r"isinstance\(treespec, LeafSpec\)",
         "your dataloader is not resumable",  # it is: `RandomBatches` depends on the step alone
-        "Be aware that when using `ckpt_path`, callbacks",  # which may change
+        "Be aware that when using `ckpt_path`, callbacks",  # which may change, ...
+        "The dirpath has changed",  # ... as a run's folder may
         "re using the WeightAveraging callback",  # of averaged weights: they are what a checkpoint's state_dict holds
     ):
         warnings.filterwarnings("ignore", f".*{noise}")

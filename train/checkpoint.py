@@ -1,5 +1,6 @@
 """Checkpoints: written whole, read safely, and with an explanation where they do not fit."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,25 @@ class Checkpoints(ModelCheckpoint):
                 count["ready"] -= 1
                 count["completed"] -= 1
             loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+class OwnRates(L.Callback):
+    """Goes on from another run's checkpoint at that step, but with this model's learning rates and weight decay."""
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lr_schedulers"] = []  # they may be of another kind
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        made: Any = pl_module.configure_optimizers()
+        schedule = made["lr_scheduler"]["scheduler"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it misses its optimizer's steps
+            for _ in range(trainer.global_step):
+                schedule.step()
+        (optimizer,), (config,) = trainer.optimizers, trainer.lr_scheduler_configs
+        config.scheduler.load_state_dict(schedule.state_dict())
+        for theirs, ours in zip(optimizer.param_groups, made["optimizer"].param_groups, strict=True):
+            theirs.update({name: value for name, value in ours.items() if name != "params"})
 
 
 def last_checkpoint_of(run: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from typing import Any, Literal, Protocol
 
 import lightning as L
@@ -49,10 +48,6 @@ class LanguageModel(L.LightningModule):
     """A `Transformer` with AdamW and a learning rate that rises linearly, then falls.
 
     A loss or a weight that is not finite ends the training, and no checkpoint is written any more.
-
-    Attributes:
-        own_rates: whether training that goes on from a checkpoint, of another run that is, does so with this model's
-            learning rates and weight decay instead of those that the checkpoint holds.
 
     Args:
         context_length: training length L; the data's own.
@@ -110,7 +105,6 @@ class LanguageModel(L.LightningModule):
         self.weight_decay = weight_decay
         self.compile_layers = compile
         self.schedule = schedule
-        self.own_rates = False
         self._first_not_finite: Tensor | None = None
         self._random_state: dict[str, Tensor] | None = None
 
@@ -215,22 +209,6 @@ class LanguageModel(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._random_state = checkpoint.get("random_state")
-        if self.own_rates:
-            checkpoint["lr_schedulers"] = []
-
-    def on_train_start(self) -> None:
-        if not (self.own_rates and self.global_step):
-            return
-        made = self.configure_optimizers()
-        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
-        schedule = made["lr_scheduler"]["scheduler"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it misses its optimizer's steps
-            for _ in range(self.global_step):
-                schedule.step()
-        config.scheduler.load_state_dict(schedule.state_dict())
-        for theirs, ours in zip(optimizer.param_groups, made["optimizer"].param_groups, strict=True):
-            theirs.update({name: value for name, value in ours.items() if name != "params"})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._log_held_out("val", batch, prog_bar=True)
