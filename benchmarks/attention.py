@@ -61,7 +61,7 @@ class Llama(nn.Module):
             LlamaRotaryEmbedding,
         )
 
-        config = LlamaConfig(hidden_size=EMBED_DIM, num_attention_heads=HEADS, attn_implementation="sdpa")
+        config = LlamaConfig(hidden_size=EMBED_DIM, num_attention_heads=HEADS, attn_implementation="sdpa")  # type: ignore
         self.rotary, self.attention = LlamaRotaryEmbedding(config), LlamaAttention(config, layer_idx=0)
 
     def forward(self, x: Tensor) -> Tensor:

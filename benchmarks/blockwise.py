@@ -1,6 +1,6 @@
 """`python -m benchmarks.blockwise --device cuda --dtype bfloat16`: which backend carries blockwise attention best.
 
-q, k and v are (1, 8, n, 64), blocks of 512. "ours" is `blockwise_attention`: blocks as batch rows, and a mask. The
+q, k and v are (1, n, 8, 64), blocks of 512. "ours" is what `MultiHeadAttention` does between its projections. The
 others differ in what attends to the windows of two blocks, whose mask is causal from the lower right corner; they take
 the first block apart. "dense" is causal attention to everything. All are compiled; a contender whose output is not ours
 to the rounding of the dtype is an error. Times are relative to ours: below 1 is faster.
@@ -19,77 +19,89 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import Call, milliseconds, peers, publish, training
 from xpos_zoo import XPOS
-from xpos_zoo.blockwise import blockwise_attention, fold, windows
-from xpos_zoo.dense import dense_attention
+from xpos_zoo.attend import attend
+from xpos_zoo.plan import Pattern, Tokens, fold, make_plan, windows
 
 HEADS, HEAD_DIM, BLOCK = 8, 64, 512
 LENGTHS = [2048, 8192, 65536]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def in_windows(attend: Attention) -> Attention:
-    """Blockwise attention by an attention of blocks (j, h, w, d) to their windows (j, h, 2 w, d)."""
-    xpos = XPOS(HEAD_DIM, BLOCK)
+def ours(xpos: XPOS, block_size: int | None) -> Attention:
+    pattern = Pattern(xpos, block_size)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        first = dense_attention(q[..., :BLOCK, :], k[..., :BLOCK, :], v[..., :BLOCK, :], xpos)
-        at = torch.arange(-BLOCK, BLOCK, device=q.device)
-        q_blocks, k_windows = xpos.rotate(fold(q[..., BLOCK:, :], BLOCK), windows(k, BLOCK), at[BLOCK:], at)
-        rest = attend(q_blocks, k_windows, windows(v, BLOCK))
-        return torch.cat((first, rearrange(rest, "(b j) h w d -> b h (j w) d", b=len(q))), dim=-2)
+        plan = make_plan(pattern, Tokens(len(q), q.shape[1], q.dtype, q.device))
+        return attend(q, k, v, plan, pattern)
 
     return attention
 
 
-def lower_right() -> Attention:
+def in_windows(xpos: XPOS, kernel: Attention) -> Attention:
+    """Blockwise attention by an attention of blocks (j, h, w, d) to their windows (j, h, 2 w, d)."""
+    dense = ours(xpos, None)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = dense(q[:, :BLOCK], k[:, :BLOCK], v[:, :BLOCK])
+        at = torch.arange(-BLOCK, BLOCK, device=q.device)
+        blocks = fold(q[:, BLOCK:], BLOCK), windows(k, BLOCK), windows(v, BLOCK)
+        q, k, v = (rearrange(t, "j w h d -> j h w d") for t in blocks)
+        q, k = xpos.rotate(q, k, at[BLOCK:], at)
+        rest = rearrange(kernel(q, k, v), "(b j) h w d -> b (j w) h d", b=len(first))
+        return torch.cat((first, rest), dim=1)
+
+    return attention
+
+
+def lower_right(xpos: XPOS) -> Attention:
     from torch.nn.attention.bias import causal_lower_right
 
     bias = causal_lower_right(BLOCK, 2 * BLOCK)  # inside a graph it cannot be made
-    return in_windows(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias))
+    return in_windows(xpos, lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias))
 
 
-def varlen() -> Attention:
+def varlen(xpos: XPOS) -> Attention:
     from torch.nn.attention.varlen import varlen_attn  # half precision on CUDA alone
 
     window = "window_size" in inspect.signature(varlen_attn).parameters
     causal: dict[str, Any] = {"window_size": (-1, 0)} if window else {"is_causal": True}
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
         q, k, v = (rearrange(t, "j h w d -> (j w) h d") for t in (q, k, v))
         attended = varlen_attn(q, k, v, starts * BLOCK, starts * 2 * BLOCK, BLOCK, 2 * BLOCK, **causal)
         assert isinstance(attended, Tensor)
         return rearrange(attended, "(j w) h d -> j h w d", w=BLOCK)
 
-    return in_windows(attend)
+    return in_windows(xpos, kernel)
 
 
-def flex(device: str) -> Attention:
+def flex(xpos: XPOS) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def visible(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key <= query + BLOCK
 
-    mask = create_block_mask(visible, None, None, BLOCK, 2 * BLOCK, device=device)
+    mask = create_block_mask(visible, None, None, BLOCK, 2 * BLOCK, device=xpos.scale.device)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attended = flex_attention(q, k, v, block_mask=mask)
         assert isinstance(attended, Tensor)
         return attended
 
-    return in_windows(attend)
+    return in_windows(xpos, kernel)
 
 
 def contenders(device: str, dense: bool) -> dict[str, Callable[[], Attention]]:
-    xpos = XPOS(HEAD_DIM, BLOCK)
+    xpos = XPOS(HEAD_DIM, BLOCK).to(device)
     zoo: dict[str, Callable[[], Attention]] = {
-        "ours": lambda: partial(blockwise_attention, positions=xpos, block_size=BLOCK),
-        "lower right": lower_right,
+        "ours": partial(ours, xpos, BLOCK),
+        "lower right": partial(lower_right, xpos),
     }
     if device == "cuda":
-        zoo |= {"varlen": varlen, "flex": partial(flex, device)}
+        zoo |= {"varlen": partial(varlen, xpos), "flex": partial(flex, xpos)}
     if dense:
-        zoo["dense"] = lambda: partial(dense_attention, positions=xpos)
+        zoo["dense"] = partial(ours, xpos, None)
     return zoo
 
 
@@ -123,12 +135,12 @@ def main() -> None:
     for length in options.lengths:
         for backward in (False, True):
             torch._dynamo.reset()
-            shape = (1, HEADS, length, HEAD_DIM)
+            shape = (1, length, HEADS, HEAD_DIM)
             dtype = getattr(torch, options.dtype)
             q, k, v = (torch.randn(shape, dtype=dtype, device=options.device, requires_grad=backward) for _ in range(3))
             inputs = q, k, v
-            expected = None if backward else blockwise_attention(*inputs, XPOS(HEAD_DIM, BLOCK), BLOCK)
             makers = contenders(options.device, length <= options.dense_limit)
+            expected = None if backward else makers["ours"]()(*inputs)
             blockwise = {
                 name: partial(as_call, make, inputs, None if name == "dense" else expected)
                 for name, make in makers.items()

@@ -39,7 +39,7 @@ class Decoding:
     def ours(self, block_size: int | None) -> Callable[[], Any]:
         module = self.block(block_size)
         cache = module.make_cache(1, self.position)
-        cache.k.copy_(self.keys(cache.slots) / 100)
+        cache[0].k.copy_(self.keys(cache[0].slots) / 100)
         compiled = torch.compile(module, fullgraph=True)
 
         def step() -> Tensor:

@@ -76,7 +76,7 @@ def x_transformers(device: str) -> Rotation:
 
     def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         frequencies, scale = rotary.forward_from_seq_len(q.shape[-2])
-        return apply_rotary_pos_emb(q, frequencies, scale), apply_rotary_pos_emb(k, frequencies, scale**-1)
+        return apply_rotary_pos_emb(q, frequencies, scale), apply_rotary_pos_emb(k, frequencies, scale**-1)  # type: ignore
 
     return rotate
 

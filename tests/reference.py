@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xpos_zoo import XPOS, DistanceBias, MultiHeadAttention, RotaryEmbedding, SoftTail
+from xpos_zoo import XPOS, DistanceBias, MultiHeadAttention, PositionModule, RotaryEmbedding, SoftTail
+from xpos_zoo.attend import attend
+from xpos_zoo.plan import Pattern, Tokens, make_plan
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALVES)
@@ -35,11 +37,30 @@ class Encoding(NamedTuple):
     base: float = 10000.0
     interleaved: bool = True
     bias: Callable[[Tensor], Tensor] | None = None
+    max_wavelength: float | None = None
 
     def module(self, head_dim: int) -> RotaryEmbedding:
+        options: dict[str, Any] = {
+            "base": self.base,
+            "max_wavelength": self.max_wavelength,
+            "interleaved": self.interleaved,
+        }
+        return (
+            RotaryEmbedding(head_dim, **options)
+            if self.scale_base is None
+            else XPOS(head_dim, self.scale_base, **options)
+        )
+
+    def angles(self, head_dim: int) -> Tensor:
+        """Radians a position of each pair; 0 for those whose wavelength is above max_wavelength."""
+        each = theta(head_dim, self.base)
+        return each if self.max_wavelength is None else torch.where(2 * math.pi / each <= self.max_wavelength, each, 0)
+
+    def decays(self, head_dim: int) -> Tensor:
+        """The factor a position of each pair; 1 for those that do not decay."""
         if self.scale_base is None:
-            return RotaryEmbedding(head_dim, base=self.base, interleaved=self.interleaved)
-        return XPOS(head_dim, self.scale_base, base=self.base, interleaved=self.interleaved)
+            return torch.ones(head_dim // 2, dtype=torch.float64)
+        return torch.where(self.angles(head_dim) == 0, 1, zeta(head_dim) ** (1 / self.scale_base))
 
 
 def encoding_of(module: RotaryEmbedding, *biases: DistanceBias | None) -> Encoding:
@@ -50,7 +71,7 @@ def encoding_of(module: RotaryEmbedding, *biases: DistanceBias | None) -> Encodi
         return sum((formula(distance) for formula in formulas), torch.zeros((), dtype=torch.float64))
 
     scale_base = module.scale_base if isinstance(module, XPOS) else None
-    return Encoding(scale_base, module.base, module.interleaved, total if formulas else None)
+    return Encoding(scale_base, module.base, module.interleaved, total if formulas else None, module.max_wavelength)
 
 
 def bias_formula(bias: DistanceBias) -> Callable[[Tensor], Tensor]:
@@ -106,8 +127,8 @@ def scores(
     distance = distances(q_positions, k_positions, mask)
     total = torch.zeros((), dtype=torch.float64)
     for i in range(head_dim // 2):
-        turn = torch.exp(1j * distance * theta(head_dim, encoding.base)[i])
-        decay = 1 if encoding.scale_base is None else zeta(head_dim)[i] ** (distance / encoding.scale_base)
+        turn = torch.exp(1j * distance * encoding.angles(head_dim)[i])
+        decay = encoding.decays(head_dim)[i] ** distance
         total = total + decay * (q[..., :, None, i] * k[..., None, :, i].conj() * turn).real
     return total
 
@@ -121,17 +142,16 @@ def score_sizes(
     distance = distances(q_positions, k_positions, mask)
     total = torch.zeros((), dtype=torch.float64)
     for i in range(head_dim // 2):
-        decay = 1 if encoding.scale_base is None else zeta(head_dim)[i] ** (distance / encoding.scale_base)
-        total = total + decay * q[..., :, None, i] * k[..., None, :, i]
+        total = total + encoding.decays(head_dim)[i] ** distance * q[..., :, None, i] * k[..., None, :, i]
     return total
 
 
 def encode(x: Tensor, angles_at: Tensor, decay_at: Tensor | None, encoding: Encoding) -> Tensor:
     """x (..., n, d) rotated by positions angles_at, and scaled by zeta^(decay_at / s) if the encoding decays."""
     head_dim = x.shape[-1]
-    z = pairs(x, encoding.interleaved) * torch.exp(1j * angles_at.double()[..., None] * theta(head_dim, encoding.base))
-    if encoding.scale_base is not None and decay_at is not None:
-        z = z * zeta(head_dim) ** (decay_at.double()[..., None] / encoding.scale_base)
+    z = pairs(x, encoding.interleaved) * torch.exp(1j * angles_at.double()[..., None] * encoding.angles(head_dim))
+    if decay_at is not None:
+        z = z * encoding.decays(head_dim) ** decay_at.double()[..., None]
     return channels(z, encoding.interleaved)
 
 
@@ -268,6 +288,23 @@ def assert_attends_exactly(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, mask
         assert difference(ours, exact) <= 2 * difference(reachable, exact) + slack * size.norm()
 
 
+def attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: PositionModule,
+    block_size: int | None = None,
+    dropout_p: float = 0.0,
+    document_ids: Tensor | None = None,
+    distance_bias: DistanceBias | None = None,
+) -> Tensor:
+    """The library's attention of q (b, h, n, d) on k, v (b, g, n, d), planned for them alone: (b, h, n, d)."""
+    tokens = Tokens(q.shape[0], q.shape[2], q.dtype, q.device, document_ids=document_ids)
+    pattern = Pattern(positions, block_size, None, distance_bias)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return attend(q, k, v, make_plan(pattern, tokens), pattern, dropout_p=dropout_p).transpose(1, 2)
+
+
 def projected(module: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Encoding]:
     """q (b, h, n, d), k and v (b, g, n, d), mask (n, n) and encoding: what `module` makes of x before it attends."""
     mask = visible(x.shape[1], module.block_size)
@@ -275,9 +312,9 @@ def projected(module: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Te
         linear(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
         for linear in (module.q_proj, module.k_proj, module.v_proj)
     )
-    if module.temperature is not None:
-        log = torch.log(mask.sum(-1).double() / module.temperature.trained_length).clamp(min=0)
-        q = (q * (1 + module.temperature.coefficient * log)[:, None]).to(q.dtype)
+    if module.query_scaling is not None:
+        log = torch.log(mask.sum(-1).double() / module.query_scaling.trained_length).clamp(min=0)
+        q = (q * (1 + module.query_scaling.coefficient * log)[:, None]).to(q.dtype)
     assert isinstance(module.positions, RotaryEmbedding)
     own = getattr(module.positions, "distance_bias", None)
     return q, k, v, mask, encoding_of(module.positions, module.distance_bias, own)

@@ -11,11 +11,11 @@ from reference import theta
 from tiny import fit, read_checkpoint
 from torch import Tensor
 
-from train.baselines import ALiBi, NoPositions, SlidingWindow, YaRN, alibi_slopes, ntk_scaled, yarn_scaled
+from train.baselines import ALiBi, NoPositions, SlidingWindow, YaRN, alibi_slopes, ntk_scaled
 from train.language_model import LanguageModel
-from xpos_zoo import XPOS, MultiHeadAttention, RotaryEmbedding, Transformer
+from xpos_zoo import XPOS, MultiHeadAttention, PositionModule, RotaryEmbedding, Transformer
 
-EPS64 = torch.finfo(torch.float64).eps
+EPS32, EPS64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
 
 
 def attention(positions, num_heads: int = 4, **options) -> MultiHeadAttention:
@@ -68,7 +68,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     ],
 )
 def test_slopes_are_the_published_ones(heads: int, exponents: list[float]) -> None:
-    assert alibi_slopes(heads).tolist() == pytest.approx([2.0**-e for e in exponents], rel=4 * EPS64)
+    assert alibi_slopes(heads).tolist() == pytest.approx([2.0**-e for e in exponents], rel=4 * EPS32)
 
 
 def test_alibi_equals_the_formula() -> None:
@@ -152,33 +152,41 @@ def test_a_window_without_a_size_is_refused(size) -> None:
 # --- rotary embedding, stretched -------------------------------------------------------------------------------------
 
 
-def turned(module: RotaryEmbedding, n: int = 50) -> tuple[Tensor, Tensor]:
+def turned(module: PositionModule, n: int = 50) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    q, k = torch.randn(2, 1, 2, n, module.head_dim, dtype=torch.float64, generator=generator)
+    q, k = torch.randn(2, 1, 2, n, 2 * len(module.rates), dtype=torch.float64, generator=generator)
     at = torch.arange(n)
     return module.rotate(q, k, at, at, n // 2)
+
+
+def angles(module: PositionModule) -> Tensor:
+    """Of a module that rotates alone."""
+    assert all(rate.real == 0 for rate in module.rates)
+    return torch.tensor([rate.imag for rate in module.rates], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_stretched_by_one_it_is_plain_rotary(interleaved: bool) -> None:
     rotary = RotaryEmbedding(16, base=500.0, interleaved=interleaved)
-    for same in (ntk_scaled(rotary, 1.0), yarn_scaled(rotary, 1.0, 128)):
+    for same in (ntk_scaled(rotary, 1.0), YaRN(rotary, 1.0, 128)):
         for found, expected in zip(turned(same), turned(rotary), strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1000 * EPS64)  # angles up to 25, each to an eps
 
 
 @pytest.mark.parametrize("scale", [2.0, 8.0, 64.0])
 def test_ntk_leaves_the_fastest_pair_alone_and_slows_the_slowest_by_the_scale(scale: float) -> None:
-    before, after = theta(16), theta(16, ntk_scaled(RotaryEmbedding(16), scale).base)
+    before, after = theta(16), angles(ntk_scaled(RotaryEmbedding(16), scale))
     assert after[0] == before[0]
     assert float(before[-1] / after[-1]) == pytest.approx(scale, rel=100 * EPS64)
     assert (before[1:-1] > after[1:-1]).all()
+    torch.testing.assert_close(after, theta(16, 10000 * scale ** (16 / 14)), rtol=100 * EPS64, atol=0)  # another base
+    assert ntk_scaled(RotaryEmbedding(2), scale).rates == (1j,)
 
 
 @pytest.mark.parametrize("scale", [2.0, 8.0])
 def test_yarn_leaves_fast_pairs_alone_interpolates_slow_ones_and_mixes_between(scale: float) -> None:
     trained_length = 1024
-    before, after = theta(32), YaRN(32, scale, trained_length).frequencies()
+    before, after = theta(32), angles(YaRN(RotaryEmbedding(32), scale, trained_length))
     turns = trained_length * before / (2 * math.pi)
     fast, slow = turns >= 32, turns <= 1
     assert fast[0]
@@ -196,14 +204,21 @@ def test_yarn_sharpens_scores_by_the_temperature() -> None:
     scale = 4.0
     q, k = torch.ones(2, 1, 1, 1, 8, dtype=torch.float64)
     at = torch.zeros(1, dtype=torch.int64)
-    (q_turned, k_turned), expected = yarn_scaled(RotaryEmbedding(8), scale, 64).rotate(q, k, at, at), q @ k.mT
+    (q_turned, k_turned), expected = YaRN(RotaryEmbedding(8), scale, 64).rotate(q, k, at, at), q @ k.mT
     found = float((q_turned @ k_turned.mT) / expected)
     assert found == pytest.approx((0.1 * math.log(scale) + 1) ** 2, rel=4 * EPS64)
 
 
-@pytest.mark.parametrize(
-    "stretched", [partial(ntk_scaled, scale=4.0), partial(yarn_scaled, scale=4.0, trained_length=8)]
-)
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_attention_by_yarn_is_that_of_sharpened_queries(block_size: int | None) -> None:
+    yarn, x = YaRN(RotaryEmbedding(8), 4.0, 64), features(19)
+    sharpened = attention(lambda _: yarn, block_size=block_size)
+    plain = attention(lambda _: PositionModule(yarn.rates), block_size=block_size)
+    plain.q_proj.weight.data *= (0.1 * math.log(4.0) + 1) ** 2
+    assert_same(sharpened(x), plain(x))
+
+
+@pytest.mark.parametrize("stretched", [partial(ntk_scaled, scale=4.0), partial(YaRN, scale=4.0, trained_length=8)])
 @pytest.mark.parametrize("block_size", [None, 8])
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_stretched_in_a_trained_model_a_cache_still_equals_the_full_forward(
@@ -222,7 +237,14 @@ def test_stretched_in_a_trained_model_a_cache_still_equals_the_full_forward(
     assert_same(torch.cat([model(part, cache) for part in tokens.split(chunk, 1)], 1), whole)
 
 
-@pytest.mark.parametrize("stretched", [ntk_scaled, partial(yarn_scaled, trained_length=64)])
+@pytest.mark.parametrize("stretched", [ntk_scaled, partial(YaRN, trained_length=64)])
+def test_pairs_without_an_angle_are_not_given_one(stretched) -> None:
+    found = angles(stretched(RotaryEmbedding(16, max_wavelength=1000), scale=4.0))
+    assert (found > 0).tolist() == [2 * math.pi * 10000 ** (i / 8) <= 1000 for i in range(8)]
+    assert (found == 0).any()
+
+
+@pytest.mark.parametrize("stretched", [ntk_scaled, partial(YaRN, trained_length=64)])
 def test_what_cannot_be_stretched_is_refused(stretched) -> None:
     with pytest.raises(ValueError, match=r"scale must be 1 or above and finite, got 0\.5"):
         stretched(RotaryEmbedding(8), scale=0.5)

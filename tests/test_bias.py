@@ -1,4 +1,4 @@
-"""SoftTail: its values; what attention does with them is tested where attention is."""
+"""SoftTail and LogNScaling: their values; what attention does with them is tested where attention is."""
 
 import math
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import bias_formula, roundoff
 
-from xpos_zoo import SoftTail
+from xpos_zoo import LogNScaling, SoftTail
 
 
 def test_values_are_those_computed_by_hand():
@@ -43,6 +43,16 @@ def test_weights_of_far_keys_fall_by_the_power_and_so_their_sum_converges():
     """Of equal logits: sum_(m > L) (m/L)^-2 is below L, however many far keys there are."""
     weights = SoftTail(2.0, 64)(torch.arange(1_000_000)).double().exp()
     assert weights[65:].sum() < 64
+
+
+def test_log_n_factors_are_those_computed_by_hand():
+    visible_keys = torch.tensor([1, 100, 200, 1000, 6400])
+    expected = torch.tensor([1, 1, 1.0693147, 1.2302585, 1.4158883])  # seven decimals are given
+    for dtype in (torch.float32, torch.float64):
+        factors = LogNScaling(0.1, 100)(visible_keys, dtype)
+        assert factors.dtype == dtype
+        # The quotient, its logarithm, their product and sum are rounded.
+        assert (factors - expected).abs().max() <= 5e-8 + 4 * roundoff(torch.float32)
 
 
 @pytest.mark.parametrize(

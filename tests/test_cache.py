@@ -28,24 +28,32 @@ from reference import (
 )
 from torch import Tensor
 
-from xpos_zoo import XPOS, KeyValueCache, MultiHeadAttention, PositionModule, SoftTail, Temperature
-from xpos_zoo.attention import Biased
-from xpos_zoo.cache import cached_attention, rotate_keys
+from xpos_zoo import XPOS, KeyValueCache, LogNScaling, MultiHeadAttention, PositionModule, SoftTail
+from xpos_zoo.attend import attend
+from xpos_zoo.cache import LayerCache
+from xpos_zoo.plan import Pattern, Tokens, make_plan
 
 splits = st.lists(st.one_of(st.just(1), st.integers(0, 5), st.integers(0, 40)), min_size=1, max_size=8)
 CONTRACT = 1e-5  # relative to the full forward, in float32
 
 
 def in_pieces(
-    q: Tensor, k: Tensor, v: Tensor, positions: PositionModule, cache: KeyValueCache, sizes: list[int]
+    q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache, sizes: list[int], positions: PositionModule, bias=None
 ) -> Tensor:
-    """What `cached_attention` gives for sequences that come in pieces of these sizes."""
-    pieces = zip(*(t.split(sizes, dim=-2) for t in (q, k, v)), strict=True)
-    counts = [torch.full((q.shape[0],), size, device=q.device) for size in sizes]
-    outputs = [
-        cached_attention(q, k, v, positions, cache, count) for (q, k, v), count in zip(pieces, counts, strict=True)
-    ]
-    return torch.cat(outputs, dim=-2)
+    """Attention of q (b, h, n, d) on k, v (b, g, n, d) that come in pieces of these sizes, from a cache."""
+    outputs = []
+    for new_q, new_k, new_v in zip(*(t.transpose(1, 2).split(sizes, dim=1) for t in (q, k, v)), strict=True):
+        b, n = new_q.shape[:2]
+        tokens = Tokens(b, n, q.dtype, q.device, length=cache.length, most=cache.admit(n, None))
+        pattern = Pattern(positions, cache[0].block_size, None, bias)
+        plan = make_plan(pattern, tokens, cache[0])
+        outputs.append(attend(new_q, new_k, new_v, plan, pattern, cache[0]))
+        cache.advance(n, None, [plan.later])
+    return torch.cat(outputs, dim=1).transpose(1, 2)
+
+
+def one_layer(*args, max_length: int | None = None, **options) -> KeyValueCache:
+    return KeyValueCache([LayerCache(*args, max_length=max_length, **options)], max_length)
 
 
 @given(
@@ -55,17 +63,20 @@ def in_pieces(
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     dtype=st.sampled_from(DTYPES),
     interleaved=st.booleans(),
+    max_wavelength=st.sampled_from([None, None, 7.0, 50.0]),
     tail=st.none() | st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 50)),
 )
-def test_any_pieces_attend_by_the_formula(sizes, block_size, scale_base, heads, dtype, interleaved, tail):
+def test_any_pieces_attend_by_the_formula(
+    sizes, block_size, scale_base, heads, dtype, interleaved, max_wavelength, tail
+):
     n, (h, g) = sum(sizes), heads
     q, k, v = (normal(i, 2, count, n, 6, dtype=dtype) for i, count in enumerate((h, g, g)))
-    encoding = Encoding(scale_base, interleaved=interleaved)
+    encoding = Encoding(scale_base, interleaved=interleaved, max_wavelength=max_wavelength)
     positions = encoding.module(6)
+    cache = one_layer(2, g, 6, positions, max_length=max(n, 1), block_size=block_size, dtype=dtype)
+    actual = in_pieces(q, k, v, cache, sizes, positions, tail)
     if tail is not None:
-        positions, encoding = Biased(positions, tail), encoding._replace(bias=bias_formula(tail))
-    cache = KeyValueCache(2, g, 6, positions, max_length=max(n, 1), block_size=block_size, dtype=dtype)
-    actual = in_pieces(q, k, v, positions, cache, sizes)
+        encoding = encoding._replace(bias=bias_formula(tail))
     assert_attends_exactly(actual, q, k, v, visible(n, block_size), encoding)
 
 
@@ -115,10 +126,10 @@ def test_blockwise_decode_is_as_exact_at_token_one_million_as_at_the_first(start
     w = 64
     q, k, v = (normal(i, 1, 2, 3 * w, 16, dtype=dtype) for i in range(3))
     positions = XPOS(16, w)
-    cache = KeyValueCache(1, 2, 16, positions, block_size=w, dtype=dtype)
+    cache = one_layer(1, 2, 16, positions, block_size=w, dtype=dtype)
     cache.length += start
     assert start % w == 0
-    actual = in_pieces(q, k, v, positions, cache, [30] + [1] * (3 * w - 30))
+    actual = in_pieces(q, k, v, cache, [30] + [1] * (3 * w - 30), positions)
     # What came before `start` is in sight of the first block alone.
     rest, mask = slice(w, None), visible(3 * w, w)
     assert_attends_exactly(actual[..., rest, :], q[..., rest, :], k, v, mask[rest], Encoding(w))
@@ -133,7 +144,7 @@ def test_memory_does_not_grow_by_a_byte(block_size):
         module(torch.zeros(2, 1, 32), cache=cache)
     assert [(t.data_ptr(), t.untyped_storage().nbytes()) for t in cache.buffers()] == before
     if block_size is not None:
-        assert cache.slots == 2 * block_size
+        assert cache[0].slots == 2 * block_size
 
 
 @pytest.mark.slow
@@ -143,17 +154,19 @@ def test_dense_decode_at_131072_keys_attends_by_the_formula(dtype, scale_base):
     n, encoding = 131_072, Encoding(scale_base)
     positions = encoding.module(8)
     q, k, v = normal(0, 1, 2, 1, 8, dtype=dtype), *(normal(i, 1, 1, n, 8, dtype=dtype) for i in (1, 2))
-    cache = KeyValueCache(1, 1, 8, positions, max_length=n, dtype=dtype)
-    at = torch.arange(n - 1) % cache.part_size
-    cache.append(rotate_keys(positions, k[..., :-1, :], at), v[..., :-1, :], torch.tensor([n - 1]))
-    actual = cached_attention(q, k[..., -1:, :], v[..., -1:, :], positions, cache, torch.tensor([1]))
+    cache = one_layer(1, 1, 8, positions, max_length=n, dtype=dtype)
+    at = torch.arange(n - 1) % cache[0].part_size
+    cache[0].k[..., : n - 1, :] = positions.rotate(q, k[..., :-1, :], at[:1], at)[1]
+    cache[0].v[..., : n - 1, :] = v[..., :-1, :]
+    cache.length += n - 1
+    actual = in_pieces(q, k[..., -1:, :], v[..., -1:, :], cache, [1], positions)
     assert_attends_exactly(actual, q, k, v, torch.ones(1, n, dtype=torch.bool), encoding)
 
 
 def test_temperature_counts_the_keys_that_the_cache_holds():
     for block_size in (None, 16):
         module = attention_block(block_size)
-        module.temperature = Temperature(0.5, 10)
+        module.query_scaling = LogNScaling(0.5, 10)
         x = normal(0, 2, 60, 32)
         cache = module.make_cache(2, 60)
         actual = torch.cat([module(piece, cache=cache) for piece in x.split([25, 1, 1, 33], dim=1)], 1)
@@ -227,8 +240,8 @@ def test_large_keys_do_not_overflow_in_float16(block_size, size):
     n, encoding = 1100, Encoding(64)
     positions = encoding.module(8)
     q, k, v = (normal(i, 1, 1, n, 8, dtype=torch.float16) * s for i, s in enumerate((1 / size, size, 1)))
-    cache = KeyValueCache(1, 1, 8, positions, max_length=n, block_size=block_size, dtype=torch.float16)
-    actual = in_pieces(q, k, v, positions, cache, [1000, 1, 99])
+    cache = one_layer(1, 1, 8, positions, max_length=n, block_size=block_size, dtype=torch.float16)
+    actual = in_pieces(q, k, v, cache, [1000, 1, 99], positions)
     rows = slice(-100, None)
     mask = visible(n, block_size)[rows]
     assert actual.isfinite().all()
@@ -260,7 +273,7 @@ def test_a_cache_made_under_autocast_has_its_dtype():
         cache = module.make_cache(2)
         actual = torch.cat([module(piece, cache=cache) for piece in x.split([20, 1, 9], dim=1)], 1)
         full = module(x)
-    assert cache.k.dtype == torch.bfloat16
+    assert cache[0].k.dtype == torch.bfloat16
     exact = multi_head_attention(double(module), x.double())
     assert relative_error(actual, exact) <= 2 * relative_error(full, exact)
 
@@ -362,7 +375,7 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
 @pytest.mark.parametrize("options", [{}, {"positions": Sloped, "distance_bias": SoftTail(4.0, 10)}])
 def test_one_graph_decodes_and_two_prefill(options, block_size, compiler_counts):
     module = attention_block(block_size, **options)
-    module.temperature = Temperature(0.5, 10) if options else None
+    module.query_scaling = LogNScaling(0.5, 10) if options else None
     compiled = torch.compile(module, fullgraph=True)
     x = normal(0, 2, 900, 32)
     sizes = [*range(2, 32), *[1] * 300]
@@ -394,8 +407,8 @@ def test_a_full_cache_raises_from_a_graph_too(compiler_counts):
 def test_any_pieces_attend_by_the_formula_on_cuda(positions, block_size, dtype):
     q, k, v = (normal(i, 2, heads, 101, 16, dtype=dtype) for i, heads in enumerate((4, 2, 2)))
     positions = copy.deepcopy(positions).cuda()
-    cache = KeyValueCache(2, 2, 16, positions, max_length=101, block_size=block_size, dtype=dtype).cuda()
-    actual = in_pieces(q.cuda(), k.cuda(), v.cuda(), positions, cache, [40, 1, 1, 30, 1, 28])
+    cache = one_layer(2, 2, 16, positions, max_length=101, block_size=block_size, dtype=dtype).cuda()
+    actual = in_pieces(q.cuda(), k.cuda(), v.cuda(), cache, [40, 1, 1, 30, 1, 28], positions)
     encoding = encoding_of(positions, getattr(positions, "distance_bias", None))
     assert_attends_exactly(actual.cpu(), q, k, v, visible(101, block_size), encoding)
 

@@ -478,7 +478,7 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "an odd head": ({"model__embed_dim": 6}, "model.embed_dim / num_heads must be even and above 0, got 3"),
     "a module without positions": (
         {"model__positions": "torch.nn.Identity"},
-        "model.positions must have the methods rotate and max_span, Identity does not; right are XPOS, RotaryEmbedding",
+        "model.positions must give an xpos_zoo.PositionModule, got Identity; right are XPOS, RotaryEmbedding",
     ),
     "no last checkpoint": ({"ckpt_path": "last"}, "last.ckpt; `python -m train fit` writes one"),
     "a negative seed": ({"seed_everything": -1}, 'seed_everything": Not of type Seed: -1 does not conform'),

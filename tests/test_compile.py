@@ -4,6 +4,7 @@ Each mode is warmed first; then 30 shapes must do with the graphs that there are
 """
 
 import contextlib
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -15,7 +16,16 @@ from reference import Sloped, normal, relative_error, roundoff
 from torch import Tensor, nn
 from torch._inductor import config, metrics
 
-from xpos_zoo import XPOS, MultiHeadAttention, SoftTail, Temperature, Transformer, dense
+from xpos_zoo import (
+    XPOS,
+    LogNScaling,
+    MultiHeadAttention,
+    SoftTail,
+    Transformer,
+    apply_rotary_pos_emb,
+    fixed_pos_embedding,
+    plan,
+)
 from xpos_zoo.rotary import RotaryEmbedding
 
 pytestmark = pytest.mark.slow
@@ -81,6 +91,38 @@ def test_rotation_has_one_graph_for_all_lengths_and_offsets(module, as_tensor, c
     check_graphs(module, calls[:1], calls, compiler_counts, at_most=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_through_a_compiled_rotation(dtype, compiler_counts):
+    """Of the module, and of what attention calls, whose pairs go as integers."""
+    x, at = normal(0, 2, 9, 8, dtype=dtype).requires_grad_(), torch.arange(9)
+    xpos = XPOS(8, 4)
+    for function in (xpos, lambda x: torch.cat(xpos.rotate(x, x, at, at, 4))):
+        ours, expected = torch.compile(function, fullgraph=True)(x), function(x)
+        assert relative_error(ours, expected) <= 2 * roundoff(dtype)
+        upstream = normal(1, *expected.shape, dtype=dtype)
+        gradients = [torch.autograd.grad(output, x, upstream)[0] for output in (ours, expected)]
+        assert relative_error(*gradients) <= 4 * roundoff(dtype)
+
+
+def test_the_documented_functions_compile_at_any_length(compiler_counts):
+    def third_example(x: Tensor) -> Tensor:
+        return apply_rotary_pos_emb(x, *fixed_pos_embedding(x[0]), scale=0.5)
+
+    compiled = torch.compile(third_example, fullgraph=True)
+    for n in range(3, 13):
+        x = normal(n, 2, n, 8)
+        assert relative_error(compiled(x), third_example(x)) <= 4 * roundoff(torch.float32)
+    assert compiler_counts["stats"]["unique_graphs"] <= 2
+
+
+def test_no_number_stays_none_when_pairs_go_as_integers(compiler_counts):
+    x, at = torch.full((1, 2, 8), torch.nan, dtype=torch.bfloat16), torch.arange(2)
+    for bits in (0x7FFF, -1, 0x7F81):
+        x = torch.full((1, 2, 8), bits, dtype=torch.int16).view(torch.bfloat16)
+        rotated = torch.compile(XPOS(8).rotate, fullgraph=True)(x, x, at, at)
+        assert all(t.isnan().all() for t in rotated)
+
+
 def test_downscaling_has_a_graph_of_its_own(compiler_counts):
     calls = [(x, 5, True) for (x,) in inputs(8, range(3, 33))]
     check_graphs(XPOS(8), calls[:1], calls, compiler_counts, at_most=1)
@@ -113,7 +155,7 @@ def test_attention_has_two_graphs_for_all_shapes(block_size, mode, compiler_coun
 @pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])
 def test_a_soft_tail_and_a_temperature_add_no_graph(block_size, mode, compiler_counts):
     module = attention(block_size)
-    module.distance_bias, module.temperature = SoftTail(3.0, 10), Temperature(0.5, 10)
+    module.distance_bias, module.query_scaling = SoftTail(3.0, 10), LogNScaling(0.5, 10)
     calls = inputs(16, LENGTHS)
     check_graphs(module, calls[:2], calls, compiler_counts, graphs_of(block_size), mode)
 
@@ -122,7 +164,7 @@ def test_a_soft_tail_and_a_temperature_add_no_graph(block_size, mode, compiler_c
     "positions", [partial(Sloped, scale_base=16), partial(XPOS, scale_base=0.5)], ids=["bias", "beyond the span"]
 )
 def test_in_chunks_there_is_a_graph_for_each_number_of_them(positions, compiler_counts, monkeypatch):
-    monkeypatch.setattr(dense, "QUERY_CHUNK", 16)
+    monkeypatch.setattr(plan, "QUERY_CHUNK", 16)
     calls = inputs(32, [30, 45, 18, 31, 32, 35, 40, 48])
     check_graphs(MultiHeadAttention(32, 4, positions=positions), calls[:2], calls, compiler_counts, at_most=2)
 
@@ -161,6 +203,35 @@ def test_training_compiles_too(block_size, compiler_counts):
     assert compiler_counts["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("block_size", [None, BLOCK], ids=["dense", "blockwise"])
+@pytest.mark.parametrize("settings", ["plain", "scaled", "documents"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch of itself
+def test_layers_compiled_one_by_one_take_the_models_plan(settings, block_size, compiler_counts):
+    """As the trainer does: with gradients, at lengths of whole blocks and others, and from a cache."""
+    model = language_model(block_size)
+    assert isinstance(model, Transformer)
+    model.query_scaling = LogNScaling(0.5, 10) if settings == "scaled" else None
+    compiled = copy.deepcopy(model)
+    for layer in compiled.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    for n in (40, 33, 48, 30):
+        tokens = torch.randint(20, (2, n))
+        ids = (torch.arange(n) // 13).expand(2, -1) if settings == "documents" else None
+        results = []
+        for each in (model, compiled):
+            each.zero_grad()
+            logits = each(tokens, document_ids=ids)
+            logits.logsumexp(-1).sum().backward()
+            results.append([logits, *(p.grad for p in each.parameters())])
+        for ours, expected in zip(*reversed(results), strict=True):
+            assert relative_error(ours, expected) <= 100 * roundoff(torch.float32)
+    caches = [each.make_cache(2, 60) for each in (model, compiled)]
+    for piece in torch.randint(20, (2, 50)).split([20, 1, 1, 28], dim=1):
+        expected, ours = (each(piece, cache) for each, cache in zip((model, compiled), caches, strict=True))
+        assert relative_error(ours, expected) <= 100 * roundoff(torch.float32)
+    assert not compiler_counts["graph_break"]
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_numbers_that_float32_cannot_hold_reach_the_tables_whole(device, compiler_counts):
     """In a graph for any length they are inputs, which kernels on CUDA may take as float32."""
@@ -174,29 +245,26 @@ def test_numbers_that_float32_cannot_hold_reach_the_tables_whole(device, compile
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
-@pytest.mark.parametrize(("interleaved", "with_backward"), [(False, 2), (True, 5)], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_queries_and_keys_rotate_in_one_kernel(interleaved, with_backward, dtype, compiler_counts):
-    """And half-split in two with gradients; interleaved the compiler makes five of it."""
-    xpos = XPOS(16, interleaved=interleaved)
-    at = torch.arange(64)
+def test_queries_and_keys_rotate_in_a_kernel_besides_that_of_their_table(interleaved, dtype, compiler_counts):
+    """Forward; with gradients it is one more."""
+    xpos, at = XPOS(16, interleaved=interleaved), torch.arange(64)
     q, k = (normal(i, 2, 4, 64, 16, dtype=dtype) for i in range(2))
-    positions = 1  # a kernel subtracts the origin from the n integers
 
     def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return xpos.rotate(q, k, at, at, origin=32)
 
     with config.patch(force_disable_caches=True):
-        metrics.reset()
-        torch.compile(rotate, fullgraph=True)(q, k)
-        assert metrics.generated_kernel_count == 1 + positions
-        torch._dynamo.reset()
-        metrics.reset()
-        q.requires_grad_()
-        k.requires_grad_()
-        rotated = torch.compile(rotate, fullgraph=True)(q, k)
-        torch.autograd.grad(rotated, (q, k), (torch.ones_like(q), torch.ones_like(k)))
-        assert metrics.generated_kernel_count <= with_backward + positions
+        for gradients in (0, 1):
+            torch._dynamo.reset()
+            metrics.reset()
+            rotated = torch.compile(rotate, fullgraph=True)(
+                q.requires_grad_(bool(gradients)), k.requires_grad_(bool(gradients))
+            )
+            if gradients:
+                torch.autograd.grad(rotated, (q, k), (torch.ones_like(q), torch.ones_like(k)))
+            assert metrics.generated_kernel_count <= 2 + gradients
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch of itself

@@ -158,18 +158,23 @@ def test_resolution_of_a_known_example() -> None:
     assert resolution(scores + 1000).tolist() == pytest.approx(expected, abs=1e-12)  # no overflow
 
 
+def test_a_row_that_ends_in_nan_has_the_resolution_of_what_comes_before() -> None:
+    scores = torch.randn(2, 7, generator=torch.Generator().manual_seed(0))
+    ended = torch.cat((scores, torch.full((2, 3), math.nan)), 1)
+    rounding = 16 * torch.finfo(torch.float64).eps  # of sums of seven terms, in another order
+    torch.testing.assert_close(resolution(ended), resolution(scores), rtol=0, atol=rounding)
+
+
 @torch.no_grad()
-def by_hand(
-    model: Transformer, tokens: Tensor, encoding: Encoding | None, block_size: int | None
-) -> list[list[list[float]]]:
+def by_hand(model: Transformer, tokens: Tensor, encoding: Encoding | None) -> list[list[list[float]]]:
     """Each visible pair's logit by the float64 formula; means by layer, head and distance."""
     x, n = model.embedding(tokens), tokens.shape[1]
-    at, mask = torch.arange(n), visible(n, block_size)
+    at = torch.arange(n)
     layers: Any = model.layers
     means = []
     for layer in layers:
         block, normed = layer.attention, layer.attention_norm(x)
-        d, means_of_heads = block.head_dim, []
+        d, mask, means_of_heads = block.head_dim, visible(n, block.block_size), []
         for h in range(block.num_heads):
             g = h * block.num_kv_heads // block.num_heads
             q = block.q_proj(normed)[..., h * d : (h + 1) * d]
@@ -185,7 +190,7 @@ def by_hand(
     return means
 
 
-@pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.parametrize(("block_size", "farthest"), [(None, [17, 17]), (4, [8, 8]), ([4, None], [8, 17])])
 @pytest.mark.parametrize(
     ("positions", "encoding"),
     [
@@ -195,7 +200,7 @@ def by_hand(
     ],
 )
 def test_expected_scores_are_the_means_of_the_models_own_logits(
-    positions: Any, encoding: Encoding | None, block_size: int | None, monkeypatch: pytest.MonkeyPatch
+    positions: Any, encoding: Encoding | None, block_size: Any, farthest: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train.context_use, "QUERIES_AT_ONCE", 5)
     torch.manual_seed(0)
@@ -205,9 +210,11 @@ def test_expected_scores_are_the_means_of_the_models_own_logits(
         parameter.data *= 5
     tokens = random_windows(2, 17)
     found = expected_scores(model, tokens)
-    expected = torch.tensor(by_hand(model, tokens, encoding, block_size), dtype=torch.float64)
-    assert found.shape == (2, 4, 17 if block_size is None else 2 * block_size)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+    assert found.shape == (2, 4, max(farthest))
+    for layer, means, seen in zip(found, by_hand(model, tokens, encoding), farthest, strict=True):
+        expected = torch.tensor(means, dtype=torch.float64)
+        torch.testing.assert_close(layer[:, :seen], expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+        assert layer[:, seen:].isnan().all()
     assert not any(each._forward_pre_hooks for each in model.attentions)
 
 

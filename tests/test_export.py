@@ -1,5 +1,6 @@
 """`python -m train.export`: the exported model is the trained one, and what will not do is told in one line."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from test_pretrained import OwnPositions
-from tiny import complaint_of, fit, read_checkpoint
+from tiny import CONFIGS, complaint_of, fit, read_checkpoint
 
 from train.export import main
+from train.extrapolate import extrapolate
 from train.language_model import LanguageModel
-from xpos_zoo import XPOS, Transformer
+from train.runs import find_runs
+from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 
 pytest.importorskip("safetensors")
 complaint = partial(complaint_of, main)
-TOKENS = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(256, (2, 140), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,27 @@ def test_the_block_size_can_be_set(run: Path, tmp_path: Path) -> None:
     assert Transformer.from_pretrained(tmp_path).block_size == 8
     main([f"--checkpoint={run}", f"--output={tmp_path}", "--block_size=0", "--overwrite=true"])
     assert Transformer.from_pretrained(tmp_path).block_size is None
+
+
+def test_the_hybrid_of_the_documentation_is_trained_measured_and_exported(tmp_path: Path) -> None:
+    documentation = (CONFIGS.parent / "docs" / "training.md").read_text()
+    (example,) = re.findall(r"```yaml\n(model:\n.*?)```", documentation, re.DOTALL)
+    (tmp_path / "hybrid.yaml").write_text(example)
+    config: Any = {"model__num_layers": None, "trainer__max_steps": 2, "name": "hybrid"}
+    run = fit(tmp_path, more=("--config", str(tmp_path / "hybrid.yaml")), **config)
+    (found,) = find_runs([str(run)])
+    assert found.encoding == "xPos and RoPE"
+    main([f"--checkpoint={run}", f"--output={tmp_path / 'model'}"])
+    trained, exported = found.model(torch.device("cpu")), Transformer.from_pretrained(tmp_path / "model")
+    assert exported.block_size == trained.block_size == [32, 32, 32, None]
+    for model in (trained, exported):
+        *local, last = (attention.positions for attention in model.attentions)
+        assert [type(positions) for positions in local] == [XPOS] * 3
+        assert isinstance(last, RotaryEmbedding)
+        assert last.max_wavelength == 128
+    assert torch.equal(exported(TOKENS), trained(TOKENS))
+    extrapolate([str(run)], str(tmp_path / "out"), longest=1, windows=2, modes=["dense", "BCA"])
+    assert "| xPos and RoPE, dense " in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_model_trained_in_bfloat16_is_exported_so(tmp_path: Path) -> None:

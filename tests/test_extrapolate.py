@@ -1,5 +1,6 @@
 """The measurement: same targets at every context, cells that are measured once, and one line for each bad input."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -28,7 +29,6 @@ from train.corpus import Document
 from train.errors import UserError
 from train.extrapolate import (
     STANDARD_MODES,
-    Mode,
     Settings,
     all_modes,
     choose_windows,
@@ -43,7 +43,7 @@ from train.extrapolate import (
 )
 from train.language_model import LanguageModel
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
-from xpos_zoo.attention import visible_keys
+from xpos_zoo.plan import first_seen
 
 pytestmark = pytest.mark.usefixtures("few_replicates")
 
@@ -139,29 +139,37 @@ def test_blockwise_targets_see_the_same_number_of_keys_from_the_trained_length_o
     block_size = all_modes(length)["BCA"].block_size
     assert block_size is not None
     seen = [
-        visible_keys(torch.arange(context), block_size)[-settings.targets :].tolist()
+        (at + 1 - first_seen(at, block_size))[-settings.targets :].tolist()
         for context in settings.contexts
         if context >= length
+        for at in [torch.arange(context)]
     ]
     assert all(keys == seen[0] for keys in seen)
     assert sorted({keys % block_size for keys in seen[0]}) == list(range(block_size))  # every phase of a block once
 
 
-def test_each_mode_undoes_the_one_before_it() -> None:
+def test_each_mode_attends_in_its_own_way() -> None:
     model = Transformer(256, 16, 1, 2).eval()
     windows = random_windows(1)
-
-    def losses(model: Transformer, mode: Mode) -> Tensor:
-        return target_losses(predictor(model, mode, L), windows, 8 * L, L)
-
-    alone = {}
-    for name, mode in MODES.items():
-        fresh = Transformer(256, 16, 1, 2).eval()
-        fresh.load_state_dict(model.state_dict())
-        alone[name] = losses(fresh, mode)
-    for name in (*MODES, *reversed(MODES)):
-        assert torch.equal(losses(model, MODES[name]), alone[name]), name
+    alone = {
+        name: target_losses(predictor(copy.deepcopy(model), mode, L), windows, 8 * L, L) for name, mode in MODES.items()
+    }
     assert all(not torch.equal(alone["dense"], alone[name]) for name in MODES if name != "dense")
+
+
+def test_a_mode_leaves_the_blocks_of_layers_that_were_trained_with_some() -> None:
+    for name, mode in all_modes(L).items():
+        model = Transformer(256, 16, 2, 2, block_size=[4, None])
+        mode.set_on(model)
+        assert model.block_size == [4, L // 2 if name == "BCA" else None], name
+
+
+def test_a_sliding_window_over_blocks_of_another_phase_has_the_losses_of_the_whole() -> None:
+    torch.manual_seed(0)
+    model = Transformer(256, 16, 2, 2, block_size=[5, None]).double().eval()
+    windows = random_windows(2)
+    predict = predictor(model, all_modes(L)["sliding"], L)
+    assert torch.equal(predict(windows), token_losses(model, windows))
 
 
 def test_recomputed_tokens_never_have_less_than_half_nor_more_than_all_of_the_trained_length() -> None:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 
+from train.baselines import ALiBi, NoPositions
 from train.errors import UserError
 from train.language_model import LanguageModel
 from xpos_zoo import XPOS, RotaryEmbedding
@@ -77,9 +78,29 @@ def test_a_scale_base_for_an_encoding_that_has_none_is_refused() -> None:
         model(positions=RotaryEmbedding, scale_base=7.0)
 
 
+def test_each_layer_can_have_positions_and_blocks_of_its_own() -> None:
+    module = model(positions=[XPOS, partial(RotaryEmbedding, max_wavelength=100)], block_size=[4, None])
+    xpos, rotary = (attention.positions for attention in module.transformer.attentions)
+    assert isinstance(xpos, XPOS)
+    assert xpos.scale_base == module.hparams["scale_base"] == 8.0
+    assert isinstance(rotary, RotaryEmbedding)
+    assert rotary.max_wavelength == 100
+    assert module.transformer.block_size == [4, None]
+    module = model(positions=[ALiBi, XPOS], scale_base=5.0)
+    alibi, xpos = (attention.positions for attention in module.transformer.attentions)
+    assert isinstance(alibi, ALiBi)
+    assert alibi.num_heads == SMALL["num_heads"]
+    assert isinstance(xpos, XPOS)
+    assert xpos.scale_base == 5.0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"positions": [XPOS]}, "model.positions must be one for all layers or a list of 2, got a list of 1"),
+        ({"block_size": [4] * 3}, "model.block_size must be one for all layers or a list of 2, got a list of 3"),
+        ({"block_size": [4, 0]}, "model.block_size must be above 0"),
+        ({"positions": [XPOS, partial(XPOS, scale_base=5)]}, "model.positions takes no scale_base; give it as"),
         ({"learning_rate": 0.0}, "model.learning_rate must be above 0, got 0.0"),
         ({"learning_rate": math.nan}, "model.learning_rate must be above 0, got nan"),
         ({"warmup_steps": 0}, "model.warmup_steps must be 1 or above, got 0"),
@@ -183,3 +204,21 @@ def test_compiled_layers_give_the_same_loss_and_the_same_checkpoint_keys(compile
     assert abs(losses[1] - exact) <= 8 * eager_error
     assert compiled.state_dict().keys() == eager.state_dict().keys()
     assert not [name for name in compiled.state_dict() if "_orig_mod" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.usefixtures("compiler_counts")
+def test_layers_of_many_kinds_are_compiled_for_training_and_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    kinds: dict[str, Any] = {"positions": [XPOS, ALiBi, RotaryEmbedding, NoPositions], "block_size": [4, 4, None, None]}
+    torch.manual_seed(0)
+    eager, compiled = (model(num_layers=4, compile=compile, **kinds) for compile in (False, True))
+    compiled.load_state_dict(eager.state_dict())
+    compiled.configure_model()
+    for count, training in ((3, True), (3, False), (2, False)):
+        losses = []
+        for module in (eager, compiled):
+            with torch.set_grad_enabled(training):
+                losses.append(module.train(training).loss(windows(count)).item())
+        assert losses[1] == pytest.approx(losses[0], rel=64 * torch.finfo(torch.float32).eps)

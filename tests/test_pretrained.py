@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from xpos_zoo import XPOS, RotaryEmbedding, SoftTail, Temperature, Transformer
+from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail, Transformer
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -34,6 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "grouped": {"num_kv_heads": 1, "head_dim": 4, "hidden_dim": 24},
     "untied": {"tie_embeddings": False},
     "dropout": {"dropout": 0.25},
+    "partial": {"positions": partial(XPOS, scale_base=7, max_wavelength=30)},
+    "layers that differ": {
+        "positions": [partial(XPOS, scale_base=7), RotaryEmbedding],
+        "block_size": [4, None],
+        "query_scaling": [None, LogNScaling(0.5, 7)],
+    },
 }
 
 
@@ -56,10 +62,10 @@ def test_a_model_that_is_saved_and_loaded_gives_the_same_logits_bit_for_bit(
 
 def test_settings_for_contexts_beyond_the_trained_length_are_kept(tmp_path: Path) -> None:
     model = make()
-    model.temperature, model.distance_bias = Temperature(0.2, 8), SoftTail(1.5, 8)
+    model.query_scaling, model.distance_bias = LogNScaling(0.2, 8), SoftTail(1.5, 8)
     model.save_pretrained(tmp_path)
     loaded = Transformer.from_pretrained(tmp_path)
-    assert (loaded.temperature, loaded.distance_bias) == (model.temperature, model.distance_bias)
+    assert (loaded.query_scaling, loaded.distance_bias) == (model.query_scaling, model.distance_bias)
     assert torch.equal(loaded(TOKENS), model(TOKENS))
 
 
@@ -93,8 +99,8 @@ def test_the_configuration_is_plain_and_complete(tmp_path: Path) -> None:
         "head_dim": 8,
         "block_size": 8,
         "dropout": 0.0,
-        "positions": {"name": "XPOS", "scale_base": 64, "base": 10000.0, "interleaved": True},
-        "temperature": None,
+        "positions": {"name": "XPOS", "scale_base": 64, "base": 10000.0, "max_wavelength": None, "interleaved": True},
+        "query_scaling": None,
         "distance_bias": None,
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -123,8 +129,8 @@ def test_what_the_library_cannot_make_again_is_not_saved(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="distance_bias must be SoftTail to be saved, got function"):
         model.save_pretrained(tmp_path / "model")
     model = make()
-    model.attentions[1].block_size = 4
-    with pytest.raises(ValueError, match="block_size must be the same in all layers to be saved, got None and 4"):
+    model.attentions[1].dropout = 0.5
+    with pytest.raises(ValueError, match=r"dropout must be the same in all layers, got 0\.0 and 0\.5"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -180,10 +186,10 @@ WRONG_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "positions' option": (
         edited(positions={"name": "XPOS", "scale": 3}),
-        "config.json: positions XPOS must have the options scale_base, base, interleaved, got scale",
+        "config.json: positions XPOS must have the options scale_base, base, max_wavelength, interleaved, got scale",
     ),
     "a scale_base of 0": (
-        edited(positions={"name": "XPOS", "scale_base": 0, "base": 1e4, "interleaved": True}),
+        edited(positions={"name": "XPOS", "scale_base": 0, "base": 1e4, "max_wavelength": None, "interleaved": True}),
         "config.json: scale_base must be above 0 and finite, got 0",
     ),
     "an unknown bias": (edited(distance_bias={"name": "eval"}), "config.json: distance_bias must be SoftTail, got 'ev"),

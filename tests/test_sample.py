@@ -61,6 +61,17 @@ def test_blocks_are_half_the_trained_length_unless_said_otherwise(given, used, r
     assert used_sizes == [used]
 
 
+def test_trained_blocks_stay_unless_said_otherwise(tmp_path, capsys, monkeypatch):
+    used_sizes, generate = [], Transformer.stream
+    monkeypatch.setattr(
+        Transformer, "stream", lambda self, *a, **k: used_sizes.append(self.block_size) or generate(self, *a, **k)
+    )
+    hybrid = fit(tmp_path, model__num_layers=2, model__block_size="[4, null]", trainer__max_steps=1)
+    for given in ((), ("--block_size", 5)):
+        printed(capsys, "--checkpoint", hybrid, "--max_new_tokens", 1, *given)
+    assert used_sizes == [[4, 8], 5]
+
+
 def test_text_that_is_stopped_ends_where_it_is(run, capsys, monkeypatch):
     class Interrupted(LanguageModel):
         def __init__(self, *args, **kwargs):

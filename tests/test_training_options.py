@@ -364,6 +364,8 @@ def test_the_flops_of_a_step_are_those_that_are_counted(options: dict[str, Any])
     assert training_flops(model, n) * n == pytest.approx(linear + scores * n)
     model.block_size = 2
     assert training_flops(model, n) == pytest.approx(linear / n + scores * 3 / (n / 2))
+    model.block_size = [2, None]
+    assert training_flops(model, n) == pytest.approx(linear / n + scores / 2 * 3 / (n / 2) + scores / 2)
 
 
 # --- what YAML may not do --------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from reference import (
 from torch import Tensor
 from torch.nn.functional import cross_entropy, sigmoid
 
-from xpos_zoo import XPOS, MultiHeadAttention, RotaryEmbedding, SoftTail, Temperature, Transformer
+from xpos_zoo import XPOS, LogNScaling, MultiHeadAttention, RotaryEmbedding, SoftTail, Transformer
 
 DENSE_AND_BLOCKWISE = pytest.mark.parametrize("block_size", [None, 7], ids=["dense", "blockwise"])
 
@@ -105,16 +105,16 @@ def test_logits_before_a_changed_token_are_the_same_to_the_last_bit(at, block_si
 def test_block_size_temperature_and_bias_reach_every_layer():
     transformer, words = model(), tokens(2, 20)
     dense = transformer(words)
-    settings = (7, Temperature(0.5, 5), SoftTail(2.0, 5))
-    transformer.block_size, transformer.temperature, transformer.distance_bias = settings
-    assert (transformer.block_size, transformer.temperature, transformer.distance_bias) == settings
-    assert [(a.block_size, a.temperature, a.distance_bias) for a in transformer.attentions] == 3 * [settings]
+    settings = (7, LogNScaling(0.5, 5), SoftTail(2.0, 5))
+    transformer.block_size, transformer.query_scaling, transformer.distance_bias = settings
+    assert (transformer.block_size, transformer.query_scaling, transformer.distance_bias) == settings
+    assert [(a.block_size, a.query_scaling, a.distance_bias) for a in transformer.attentions] == 3 * [settings]
     expected, plain = logits(double(transformer), words), logits(transformer, words, plain_attention)
     # Float32 reaches the one model's numbers, and the other is far from them.
     assert difference(transformer(words), expected) <= 3 * difference(plain, expected)
     assert difference(dense, expected) >= 100 * difference(plain, expected)
 
-    transformer.block_size = transformer.temperature = transformer.distance_bias = None
+    transformer.block_size = transformer.query_scaling = transformer.distance_bias = None
     assert torch.equal(transformer(words), dense)
 
 

@@ -6,6 +6,7 @@ Axes: b batch, h heads, n sequence, m keys, d head dimension.
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -280,6 +281,23 @@ def test_scale_base_may_be_changed_on_a_made_module():
     assert torch.equal(copy.deepcopy(xpos)(x), xpos(x))
 
 
+def test_outputs_may_be_changed_in_place_mapped_and_differentiated_forward():
+    """As torchscale's attention and torch's transforms do with the original."""
+    x = normal(0, 3, 5, 8).requires_grad_()
+    q = XPOS(8)(x)
+    q *= 0.5
+    q.sum().backward()
+    assert x.grad is not None
+    xpos, x = XPOS(8), x.detach()
+    assert torch.equal(torch.func.vmap(xpos)(x), xpos(x))
+    assert torch.equal(torch.func.jvp(xpos, (x,), (2 * x,))[1], 2 * xpos(x))
+
+
+def test_numbers_of_other_types_are_integers_too():
+    x = normal(0, 2, 5, 8)
+    assert torch.equal(XPOS(np.int64(8))(x, np.int32(3)), XPOS(8)(x, 3))  # type: ignore[arg-type]
+
+
 def test_an_empty_sequence_stays_empty():
     empty = torch.empty(2, 0, 8)
     assert XPOS(8)(empty).shape == XPOS(8)(empty, offset=5, downscale=True).shape == empty.shape
@@ -298,7 +316,7 @@ x = torch.zeros(2, 5, 8)
         (lambda: XPOS(8, math.inf), "scale_base must be above 0 and finite, got inf"),
         (lambda: XPOS(8, math.nan), "scale_base must be above 0 and finite, got nan"),
         (lambda: setattr(XPOS(8), "scale_base", 0), "scale_base must be above 0 and finite, got 0"),
-        (lambda: XPOS(8, base=-1), "base must be above 0, got -1"),
+        (lambda: XPOS(8, base=-1), "base must be above 0 and finite, got -1"),
         (lambda: XPOS(6)(x), "x must have shape (..., seq_len, head_dim=6), got (2, 5, 8)"),
         (lambda: XPOS(8)(x[0, 0]), "x must have shape (..., seq_len, head_dim=8), got (8,)"),
         (lambda: XPOS(8)(x.int()), "x must have a floating-point dtype, got torch.int32"),

@@ -1,36 +1,24 @@
 """What xPos is compared with: other ways to tell positions, and rotary embedding stretched after training.
 
-Axes: h heads, n queries, m keys, d head dimension, i = d/2 channel pairs.
+Axes: h heads, n queries, m keys, d head dimension.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from xpos_zoo import RotaryEmbedding
+from xpos_zoo import PositionModule, RotaryEmbedding
 from xpos_zoo.checks import require_sizes
-from xpos_zoo.rotary import at_least_float32
 
 
-class NoPositions(nn.Module):
+class NoPositions(PositionModule):
     """No encoding at all: a causal model can still tell positions from how much each token sees."""
 
     def __init__(self, head_dim: int):
-        super().__init__()
-
-    def rotate(
-        self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, origin: int | Tensor = 0
-    ) -> tuple[Tensor, Tensor]:
-        """q and k as they are."""
-        return q, k
-
-    def max_span(self, dtype: torch.dtype) -> int:
-        """No limit; see `RotaryEmbedding.max_span`."""
-        return sys.maxsize
+        super().__init__([0j] * (head_dim // 2))
 
 
 class ALiBi(NoPositions):
@@ -62,19 +50,18 @@ class ALiBi(NoPositions):
 
     def distance_bias(self, distance: Tensor) -> Tensor:
         """What is added to logits at each distance (..., n, m): (..., h, n, m), float32."""
-        slopes = alibi_slopes(self.num_heads, distance.device).float()
-        return -rearrange(slopes, "h -> h 1 1") * distance
+        return -rearrange(alibi_slopes(self.num_heads, distance.device), "h -> h 1 1") * distance
 
 
 def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
-    """2^(-8k/h) for heads k = 1 .. h if h is a power of two, (h,), in float64.
+    """2^(-8k/h) for heads k = 1 .. h if h is a power of two, (h,), float32.
 
     Otherwise, as published, those of the power of two below h, then every other one of the power of two above it.
     """
     below = 2 ** (num_heads.bit_length() - 1)
-    own = torch.arange(1, below + 1, dtype=torch.float64, device=device) / below
-    between = (torch.arange(num_heads - below, dtype=torch.float64, device=device) + 0.5) / below
-    return torch.exp2(-8 * torch.cat((own, between)))
+    own = torch.arange(1, below + 1, dtype=torch.float32, device=device)
+    between = torch.arange(num_heads - below, dtype=torch.float32, device=device) + 0.5
+    return torch.exp2(torch.cat((own, between)) * (-8 / below))
 
 
 @dataclass(frozen=True)
@@ -95,26 +82,19 @@ class SlidingWindow:
         return torch.zeros_like(distance, dtype=torch.float32).masked_fill(distance >= self.size, -torch.inf)
 
 
-def ntk_scaled(rotary: RotaryEmbedding, scale: float) -> RotaryEmbedding:
-    """`rotary` with the base that stretches its slowest pair by `scale` and leaves its fastest alone ("NTK-aware").
+def ntk_scaled(rotary: RotaryEmbedding, scale: float) -> PositionModule:
+    """`rotary` with a base that stretches its slowest pair by `scale` and leaves its fastest alone ("NTK-aware").
 
     Args:
         rotary: the position module of a trained model, which keeps its own.
-        scale: context length over trained length, at least 1; base becomes base * scale^(d / (d - 2)).
+        scale: context length over trained length, at least 1; the base becomes base * scale^(d / (d - 2)).
 
     Raises:
         ValueError: scale is below 1, or rotary is an encoding of another kind.
     """
     check_stretch(rotary, scale)
-    d = rotary.head_dim
-    base = rotary.base * scale ** (d / (d - 2)) if d > 2 else rotary.base  # a lone pair does not depend on it
-    return RotaryEmbedding(d, base=base, interleaved=rotary.interleaved)
-
-
-def yarn_scaled(rotary: RotaryEmbedding, scale: float, trained_length: int) -> "YaRN":
-    """`rotary` as `YaRN` for contexts of scale * trained_length; see there."""
-    check_stretch(rotary, scale)
-    return YaRN(rotary.head_dim, scale, trained_length, base=rotary.base, interleaved=rotary.interleaved)
+    slowest = max(1, len(rotary.rates) - 1)
+    return PositionModule([rate * scale ** (-i / slowest) for i, rate in enumerate(rotary.rates)], rotary.interleaved)
 
 
 def check_stretch(rotary: RotaryEmbedding, scale: float) -> None:
@@ -124,61 +104,38 @@ def check_stretch(rotary: RotaryEmbedding, scale: float) -> None:
         raise ValueError(f"scale must be 1 or above and finite, got {scale}")
 
 
-class YaRN(RotaryEmbedding):
-    """Rotary embedding for `scale` times the trained length, without training (YaRN, Peng et al. 2023).
+class YaRN(PositionModule):
+    """`rotary` for `scale` times the trained length, without training (YaRN, Peng et al. 2023).
 
     A pair that turns at least `beta` times over the trained length keeps its frequency, one that turns at most `alpha`
     times gets it divided by scale, and between them the two are mixed linearly. (Trained shorter than 2 pi beta = 201
     tokens, no pair turns that often, and even the fastest is stretched a little.)
 
     Logits are multiplied by (0.1 ln(scale) + 1)^2. The paper multiplies q and k by its root each; here q takes both,
-    since keys from a cache are turned in several steps.
+    since keys from a cache are rotated in several steps.
 
     Args:
-        head_dim, base, interleaved: see `RotaryEmbedding`.
-        scale: context length over trained length.
+        rotary: the position module of a trained model, which keeps its own.
+        scale: context length over trained length, at least 1.
         trained_length: in tokens.
         alpha, beta: the paper's for Llama.
 
     Raises:
-        ValueError: an argument of `RotaryEmbedding` is out of range, or trained_length is not positive.
+        ValueError: as `ntk_scaled`, or trained_length is not positive.
     """
 
     def __init__(
-        self,
-        head_dim: int,
-        scale: float,
-        trained_length: int,
-        *,
-        base: float = 10000.0,
-        interleaved: bool = True,
-        alpha: float = 1.0,
-        beta: float = 32.0,
+        self, rotary: RotaryEmbedding, scale: float, trained_length: int, alpha: float = 1.0, beta: float = 32.0
     ):
-        super().__init__(head_dim, base=base, interleaved=interleaved)
+        check_stretch(rotary, scale)
         require_sizes(trained_length=trained_length)
-        self.scale = scale
-        self.trained_length = trained_length
-        self.alpha, self.beta = alpha, beta
+        turns = [trained_length * rate.imag / (2 * math.pi) for rate in rotary.rates]
+        kept = [min(max((turn - alpha) / (beta - alpha), 0.0), 1.0) for turn in turns]
+        stretched = [rate * (own + (1 - own) / scale) for rate, own in zip(rotary.rates, kept, strict=True)]
+        super().__init__(stretched, rotary.interleaved)
+        self.factor = (0.1 * math.log(scale) + 1) ** 2
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale={self.scale:g}, trained_length={self.trained_length}"
-
-    def rotate(
-        self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, origin: int | Tensor = 0
-    ) -> tuple[Tensor, Tensor]:
-        """As `RotaryEmbedding.rotate`, with q sharpened."""
-        q, k = super().rotate(q, k, q_positions, k_positions, origin)
-        return q * (0.1 * math.log(self.scale) + 1) ** 2, k
-
-    def frequencies(self, device: torch.device | None = None) -> Tensor:
-        """theta_i in radians a position for the d/2 pairs, in float64."""
-        pair = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
-        theta = self.base ** (-pair / self.head_dim)
-        turns = self.trained_length * theta / (2 * math.pi)
-        kept = ((turns - self.alpha) / (self.beta - self.alpha)).clamp(0, 1)
-        return kept * theta + (1 - kept) * theta / self.scale
-
-    def _table(self, x: Tensor, positions: Tensor) -> Tensor:
-        angle = positions[..., None] * self.frequencies(positions.device)
-        return torch.stack((angle.cos(), angle.sin())).to(at_least_float32(x.dtype))
+    def rotated(self, x: Tensor, table: Tensor | None, inverse: bool = False) -> Tensor:
+        """As `PositionModule.rotated`, with queries sharpened."""
+        x = super().rotated(x, table, inverse)
+        return x if inverse else x * self.factor

@@ -1,5 +1,6 @@
 """What a training can show on its way, by a line of YAML each: samples of text, and how fast it goes."""
 
+import math
 import time
 from typing import Any
 
@@ -111,8 +112,8 @@ def training_flops(model: Transformer, context_length: int) -> float:
     those of at most 2B keys. What checkpointed activations compute again does not count.
     """
     weights = model.head.weight.numel() + sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
-    keys = context_length / 2
-    if model.block_size is not None:
-        keys = min(keys, 1.5 * model.block_size)
-    scores = sum(4 * attention.num_heads * attention.head_dim * keys for attention in model.attentions)
+    scores = sum(
+        4 * attention.num_heads * attention.head_dim * min(context_length / 2, 1.5 * (attention.block_size or math.inf))
+        for attention in model.attentions
+    )
     return 3 * (2 * weights + scores)

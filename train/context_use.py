@@ -32,6 +32,7 @@ from train.measured import Line, gathered, in_lengths, interval, on_intervals, s
 from train.modes import Mode, all_modes
 from train.runs import find_runs
 from xpos_zoo import MultiHeadAttention, Transformer
+from xpos_zoo.plan import sees
 
 MODES = ("dense", "temperature", "tail", "BCA")
 RESOLVED = ("dense", "BCA")  # modes whose logits are those of q and k alone
@@ -135,10 +136,12 @@ def resolution(scores: Tensor) -> Tensor:
         R(s) = sum_i e^(s_i) (e^(s_i) - e^(s_(i+1))) / (sum_i e^(s_i))^2
 
     The sum above runs over the distances that have a next one. Few near distances that are told apart make it large; it
-    falls as far ones take their share of the attention, or where logits rise with distance.
+    falls as far ones take their share of the attention, or where logits rise with distance. A row may end in NaN, which
+    do not count.
     """
-    weights = scores.double().softmax(-1)
-    return (weights[..., :-1] * (weights[..., :-1] - weights[..., 1:])).sum(-1)
+    weights = torch.where(scores.isnan(), -torch.inf, scores.double()).softmax(-1)
+    terms = weights[..., :-1] * (weights[..., :-1] - weights[..., 1:])
+    return terms.masked_fill(scores[..., 1:].isnan(), 0).sum(-1)
 
 
 @torch.inference_mode()
@@ -146,6 +149,7 @@ def expected_scores(model: Transformer, tokens: Tensor) -> Tensor:
     """Mean logit at each distance at which the model sees keys, over rows and positions: (layers, heads, N), float64.
 
     As the paper's eq. 11, but of the queries and keys that tokens (b, n) have, not of an expectation over random ones.
+    NaN at distances that only other layers see.
     """
     inputs: list[Tensor] = []
     hooks = [each.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for each in model.attentions]
@@ -154,11 +158,12 @@ def expected_scores(model: Transformer, tokens: Tensor) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack([mean_logits(*each) for each in zip(model.attentions, inputs, strict=True)])
+    scores = torch.stack([mean_logits(*each) for each in zip(model.attentions, inputs, strict=True)])
+    return scores[..., ~scores.isnan().all(1).all(0)]
 
 
 def mean_logits(attention: MultiHeadAttention, x: Tensor) -> Tensor:
-    """Mean logit of each head's visible pairs at each distance, for inputs x (b, n, c): (h, N)."""
+    """Mean logit of each head's visible pairs at each distance, NaN where there are none, for x (b, n, c): (h, n)."""
     n, heads = x.shape[1], attention.num_heads
     q = rearrange(attention.q_proj(x), "b n (h d) -> b h n d", h=heads)
     k = rearrange(attention.k_proj(x), "b n (g d) -> b g n d", g=attention.num_kv_heads)
@@ -173,14 +178,12 @@ def mean_logits(attention: MultiHeadAttention, x: Tensor) -> Tensor:
         turned = attention.positions.rotate(q[..., start:end, :], k[..., :end, :], q_at, k_at, (start + end) // 2)
         logits = turned[0] @ turned[1].mT / attention.head_dim**0.5
         distance = q_at[:, None] - k_at
-        if hasattr(attention.positions, "distance_bias"):
-            logits = logits + attention.positions.distance_bias(distance)  # type: ignore[attr-defined]
-        visible = distance >= 0
-        if attention.block_size is not None:
-            visible &= q_at[:, None] // attention.block_size - k_at // attention.block_size <= 1
+        if attention.pattern.biased:
+            logits = logits + attention.pattern.bias(distance)
+        visible = sees(q_at, k_at, attention.block_size)
         sums.index_add_(1, distance[visible], logits.double().mean(0)[:, visible])
         counts += torch.bincount(distance[visible], minlength=n)
-    return (sums / counts)[:, counts > 0]
+    return sums / counts
 
 
 # --- whole measurements ----------------------------------------------------------------------------------------------
@@ -201,7 +204,7 @@ def measure(
         progress.set_postfix_str(f"resolution at {context}")
         tokens = versions["intact"][:RESOLUTION_WINDOWS, -context - 1 : -1]
         scores = expected_scores(model, tokens)
-        resolutions[context] = [float(resolution(scores).mean()), float(resolution(scores.mean((0, 1))))]
+        resolutions[context] = [float(resolution(scores).mean()), float(resolution(scores.nanmean((0, 1))))]
         progress.update(tokens.numel())
     return {
         "losses": {condition: each[:, -settings.targets :].mean(1).tolist() for condition, each in losses.items()},

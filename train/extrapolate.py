@@ -128,11 +128,11 @@ def overlapped_losses(model: Transformer, windows: Tensor, stride: int) -> Tenso
 
 
 def predictor(model: Transformer, mode: Mode, length: int) -> Predict:
-    """The losses of tokens by a model trained at `length`, from now on in this mode."""
+    """The losses of tokens by a model trained at `length`, in no other mode so far, from now on in this one."""
     mode.set_on(model)
     if mode.recompute:
         return partial(overlapped_losses, model, stride=length // 2)
-    if mode.block_size is None and (reach := mode.reach(len(model.layers), length)):
+    if model.block_size is None and (reach := mode.reach(len(model.layers), length)):
         # Pieces that long give the same, in linear time. Longer contexts are multiples of them.
         return partial(overlapped_losses, model, stride=length * 2 ** math.ceil(math.log2(reach / length)))
     return partial(token_losses, model)
@@ -170,7 +170,7 @@ def measure(model: Transformer, mode: Mode, windows: Tensor, settings: Settings,
         progress.set_postfix_str(f"context {context}")
         if mode.rescale is not None:
             for attention, positions in zip(model.attentions, rotary, strict=True):
-                attention.positions = mode.rescale(positions, max(1.0, context / length))
+                attention.positions = mode.rescale(positions, max(1.0, context / length)).to(windows.device)
         losses = target_losses(predict, windows, context, settings.targets)
         found["losses"][context] = losses[:, -settings.targets :].mean(1).tolist()
         progress.update(context * len(windows))

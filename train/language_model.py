@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import lightning as L
@@ -14,11 +15,12 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, Se
 from train.baselines import ALiBi, NoPositions
 from train.errors import UserError
 from train.tokens import VOCAB_SIZE
-from xpos_zoo import XPOS, RotaryEmbedding, Transformer
+from xpos_zoo import XPOS, PositionModule, RotaryEmbedding, Transformer
 
 POSITIONS = (XPOS, RotaryEmbedding, ALiBi, NoPositions)  # imported, so that YAML can name them without their module
 IGNORED = -100  # a target that is not predicted
 FALL = 10  # the learning rate falls to its peak over this
+GRAPHS = 8  # of a compiled layer, at most: with and without gradients, a last batch that is smaller
 DECAY = 0.2  # the share of steps over which it falls in the schedule wsd
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
@@ -52,10 +54,11 @@ class LanguageModel(L.LightningModule):
     Args:
         context_length: training length L; the data's own.
         positions: the position module's class, or anything that gives one for a head_dim: `XPOS`, `RotaryEmbedding`,
-            `ALiBi`, `NoPositions`.
+            `ALiBi`, `NoPositions`; or a list with one for each layer.
         scale_base: of position modules that have one; by default half the context length, where the authors' 512 for
             1024 puts it.
-        embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, block_size, dropout: see `Transformer`.
+        embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, dropout: see `Transformer`.
+        block_size: of blockwise attention, or null for dense; or a list with one for each layer.
         learning_rate: at the end of the warm-up.
         warmup_steps: steps over which the learning rate rises to it.
         schedule: what it does from then on: falls to a tenth as a cosine, falls there linearly, stays constant, or
@@ -73,14 +76,14 @@ class LanguageModel(L.LightningModule):
     def __init__(
         self,
         context_length: int,
-        positions: Positions = XPOS,  # type: ignore[assignment]  # it takes what it has of those parameters
+        positions: tuple[Positions, ...] | Positions = XPOS,  # type: ignore[assignment]  # takes what it has of those
         scale_base: float | None = None,
         embed_dim: int = 128,
         num_layers: int = 4,
         num_heads: int = 4,
         num_kv_heads: int | None = None,
         hidden_dim: int | None = None,
-        block_size: int | None = None,
+        block_size: int | list[int | None] | None = None,
         dropout: float = 0.0,
         learning_rate: float = 2e-3,
         warmup_steps: int = 100,
@@ -97,7 +100,9 @@ class LanguageModel(L.LightningModule):
             raise UserError(f"model.warmup_steps must be 1 or above, got {warmup_steps}")
         if not weight_decay >= 0:
             raise UserError(f"model.weight_decay must be 0 or above, got {weight_decay}")
-        if "scale_base" in getattr(positions, "keywords", {}):
+        many = isinstance(positions, (list, tuple))
+        makers = positions if many else [positions]
+        if any("scale_base" in getattr(make, "keywords", {}) for make in makers):
             raise UserError("model.positions takes no scale_base; give it as model.scale_base")
         self.save_hyperparameters()
         self.learning_rate = learning_rate
@@ -108,25 +113,25 @@ class LanguageModel(L.LightningModule):
         self._first_not_finite: Tensor | None = None
         self._random_state: dict[str, Tensor] | None = None
 
-        def for_context_length(head_dim: int) -> Any:
+        def for_context_length(make: Positions, head_dim: int) -> PositionModule:
             try:
-                module: Any = positions(head_dim)
+                made = make(head_dim)
             except TypeError as error:
                 raise UserError(f"model.positions cannot be made with a head_dim: {error}") from error
-            if not (hasattr(module, "rotate") and hasattr(module, "max_span")):
+            if not isinstance(made, PositionModule):
                 raise UserError(
-                    f"model.positions must have the methods rotate and max_span, {type(module).__name__} does not; "
+                    f"model.positions must give an xpos_zoo.PositionModule, got {type(made).__name__}; "
                     f"right are {', '.join(known.__name__ for known in POSITIONS)}, or a class of your own"
                 )
+            module: Any = made
             if hasattr(module, "scale_base"):
                 module.scale_base = context_length / 2 if scale_base is None else scale_base
                 self.hparams["scale_base"] = module.scale_base
-            elif scale_base is not None:
-                raise UserError(f"model.scale_base is {scale_base:g}, but {type(module).__name__} has no scale_base")
             if hasattr(module, "num_heads"):
                 module.num_heads = num_heads
             return module
 
+        each = [partial(for_context_length, make) for make in makers]
         try:
             self.transformer = Transformer(
                 vocab_size,
@@ -134,7 +139,7 @@ class LanguageModel(L.LightningModule):
                 num_layers,
                 num_heads,
                 num_kv_heads=num_kv_heads,
-                positions=for_context_length,
+                positions=each if many else each[0],
                 block_size=block_size,
                 hidden_dim=hidden_dim,
                 dropout=dropout,
@@ -145,9 +150,16 @@ class LanguageModel(L.LightningModule):
             # head_dim is no option here.
             message = re.sub(r"^head_dim\b", "embed_dim / num_heads", str(error)).removesuffix("; or give head_dim")
             raise UserError(f"model.{message}") from error
+        modules = [attention.positions for attention in self.transformer.attentions]
+        if scale_base is not None and not any(hasattr(module, "scale_base") for module in modules):
+            raise UserError(f"model.scale_base is {scale_base:g}, but {type(modules[0]).__name__} has no scale_base")
         self.transformer.checkpoint_activations = checkpoint_activations
 
     def configure_model(self) -> None:
+        if self.compile_layers:
+            # All layers are one function to the compiler, and each kind of layer has graphs of its own.
+            limit = GRAPHS * len(self.transformer.layers)
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
         for layer in self.transformer.layers:
             if self.compile_layers and layer._compiled_call_impl is None:
                 layer.compile(fullgraph=True)

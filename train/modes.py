@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from train.baselines import SlidingWindow, ntk_scaled, yarn_scaled
-from xpos_zoo import DistanceBias, RotaryEmbedding, SoftTail, Temperature, Transformer
+from train.baselines import SlidingWindow, YaRN, ntk_scaled
+from xpos_zoo import DistanceBias, LogNScaling, PositionModule, SoftTail, Transformer
 
 STANDARD_MODES = ("dense", "temperature", "tail", "BCA", "sliding", "recompute")
 
@@ -20,7 +20,8 @@ class Mode:
     """How a trained model attends when it is measured.
 
     Attributes:
-        block_size, temperature, distance_bias: what the `Transformer` is set to.
+        block_size: what layers are set to that were trained without blocks. Trained blocks belong to the model.
+        query_scaling, distance_bias: what all layers are set to.
         recompute: whether targets are predicted from fresh windows of the trained length, half a length apart.
         rescale: gives a rotary module with its angles rescaled for a context of so many trained lengths.
     """
@@ -28,14 +29,15 @@ class Mode:
     name: str
     label: str
     block_size: int | None = None
-    temperature: Temperature | None = None
+    query_scaling: LogNScaling | None = None
     distance_bias: DistanceBias | None = None
     recompute: bool = False
-    rescale: Callable[[Any, float], RotaryEmbedding] | None = None
+    rescale: Callable[[Any, float], PositionModule] | None = None
 
     def set_on(self, model: Transformer) -> None:
-        model.block_size, model.temperature = self.block_size, self.temperature
-        model.distance_bias = self.distance_bias
+        """Have a model, in no other mode so far, attend so."""
+        model.block_size = [attention.block_size or self.block_size for attention in model.attentions]
+        model.query_scaling, model.distance_bias = self.query_scaling, self.distance_bias
 
     def reach(self, layers: int, length: int) -> int | None:
         """The most tokens, a query's own included, that any path through all layers brings to it; None if unbounded.
@@ -60,12 +62,12 @@ def all_modes(length: int, temperature: float = 0.2, tail: float = 2.0) -> dict[
     """Every mode for models trained at `length`, by name."""
     found = [
         Mode("dense", "dense"),
-        Mode("temperature", f"dense, temperature {temperature:g}", temperature=Temperature(temperature, length)),
+        Mode("temperature", f"dense, temperature {temperature:g}", query_scaling=LogNScaling(temperature, length)),
         Mode("tail", f"dense, soft tail {tail:g}", distance_bias=SoftTail(tail, length)),
         Mode("BCA", f"BCA, blocks of {length // 2}", block_size=length // 2),
         Mode("sliding", f"sliding window of {length}", distance_bias=SlidingWindow(length)),
         Mode("recompute", f"recompute the last {length}", recompute=True),
         Mode("NTK", "dense, NTK-aware", rescale=ntk_scaled),
-        Mode("YaRN", "dense, YaRN", rescale=partial(yarn_scaled, trained_length=length)),
+        Mode("YaRN", "dense, YaRN", rescale=partial(YaRN, trained_length=length)),
     ]
     return {mode.name: mode for mode in found}

@@ -123,12 +123,13 @@ def read_run(path: Path, task: Task) -> Run:
     data, model = content["datamodule_hyper_parameters"], content["hyper_parameters"]
     if lacking := [name for name in task.data if name not in data]:
         raise UserError(f"runs: {path} has no data.{lacking[0]}: it is no run of `{task.command}`, or an older one")
-    encoding = str(model["positions"]["class_path"]).rpartition(".")[2]
+    layers = model["positions"] if isinstance(model["positions"], list) else [model["positions"]]
+    encodings = [str(layer["class_path"]).rpartition(".")[2] for layer in layers]
     apart = {"positions", "scale_base", "context_length", "vocab_size", "compile", "_instantiator"}
     return Run(
         folder=path.parent.parent,
         checkpoint=path,
-        encoding=ENCODINGS.get(encoding, encoding),
+        encoding=" and ".join(dict.fromkeys(ENCODINGS.get(encoding, encoding) for encoding in encodings)),
         seed=data["seed"],
         steps=content["global_step"],
         data={name: data[name] for name in task.data}

@@ -33,7 +33,8 @@ def sample(
         top_k: draw among the k likeliest tokens only.
         top_p: draw among the fewest tokens whose probabilities sum to p.
         seed: of the random numbers; the same seed gives the same text.
-        block_size: of blockwise attention; by default half the trained length. 0 attends to the whole text.
+        block_size: of blockwise attention; by default the trained model's, and half the trained length for layers that
+            have none. 0 attends to the whole text.
         compile: compile the step; worth it for long texts.
         device: cpu or cuda.
 
@@ -60,7 +61,11 @@ def sample(
     model = module.transformer
     tokens = torch.tensor([begun], device=device)
     try:
-        model.block_size = module.hparams["context_length"] // 2 if block_size is None else block_size or None
+        if block_size is None:
+            half = module.hparams["context_length"] // 2
+            model.block_size = [attention.block_size or half for attention in model.attentions]
+        else:
+            model.block_size = block_size or None
         stream = model.stream(
             tokens,
             max_new_tokens,

@@ -1,10 +1,10 @@
 """xPos attention for PyTorch: exact at any length, in any precision, compiled or not."""
 
-from xpos_zoo.attention import MultiHeadAttention, Temperature
-from xpos_zoo.bias import DistanceBias, SoftTail
+from xpos_zoo.attention import MultiHeadAttention
+from xpos_zoo.bias import DistanceBias, LogNScaling, SoftTail
 from xpos_zoo.cache import KeyValueCache
-from xpos_zoo.dense import PositionModule
 from xpos_zoo.rotary import (
+    PositionModule,
     RotaryEmbedding,
     apply_rotary_pos_emb,
     duplicate_interleave,
@@ -18,11 +18,11 @@ __all__ = [
     "XPOS",
     "DistanceBias",
     "KeyValueCache",
+    "LogNScaling",
     "MultiHeadAttention",
     "PositionModule",
     "RotaryEmbedding",
     "SoftTail",
-    "Temperature",
     "Transformer",
     "apply_rotary_pos_emb",
     "duplicate_interleave",

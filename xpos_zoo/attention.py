@@ -3,82 +3,20 @@
 Axes: b batch, n sequence, h heads, g key-value heads, d head dimension.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from xpos_zoo.bias import DistanceBias
-from xpos_zoo.blockwise import blockwise_attention
-from xpos_zoo.cache import KeyValueCache, cached_attention
-from xpos_zoo.checks import is_size, require_integers, require_sizes
-from xpos_zoo.dense import PositionModule, dense_attention, distance_bias_of
-from xpos_zoo.rotary import at_least_float32
+from xpos_zoo.attend import attend
+from xpos_zoo.bias import DistanceBias, LogNScaling
+from xpos_zoo.cache import KeyValueCache, LayerCache
+from xpos_zoo.checks import as_size, require_integers, require_sizes
+from xpos_zoo.plan import Pattern, Plan, Tokens, make_plan
+from xpos_zoo.rotary import PositionModule
 from xpos_zoo.xpos import XPOS
-
-
-@dataclass(frozen=True)
-class Temperature:
-    """Sharpen queries that see more keys than in training, at evaluation time and without any training.
-
-    A query that sees n keys is multiplied by 1 + coefficient * ln(n / trained_length) if n is above trained_length, so
-    that the sheer number of far keys does not drown the near ones (log-n scaling; Llama 4 uses 0.1).
-
-    Raises:
-        ValueError: coefficient is negative or infinite, or trained_length is not positive.
-    """
-
-    coefficient: float
-    trained_length: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.coefficient < math.inf:
-            raise ValueError(f"coefficient must be 0 or above and finite, got {self.coefficient}")
-        if not self.trained_length > 0:
-            raise ValueError(f"trained_length must be above 0, got {self.trained_length}")
-
-    def __call__(self, q: Tensor, visible_keys: Tensor) -> Tensor:
-        """q (..., n, d) with row j sharpened for visible_keys[..., j] keys; q's dtype."""
-        dtype = at_least_float32(q.dtype)
-        factor = sharpening(visible_keys, float(self.coefficient), float(self.trained_length), dtype)
-        return (q * factor[..., None]).to(q.dtype)
-
-
-@torch.library.custom_op("xpos_zoo::sharpening", mutates_args=())
-def sharpening(visible_keys: Tensor, coefficient: float, trained_length: float, dtype: torch.dtype) -> Tensor:
-    """1 + coefficient * ln(visible_keys / trained_length), at least 1, evaluated in float64.
-
-    An operator of its own for the same reason as `rotary_table`.
-    """
-    excess = torch.log(visible_keys.double() / trained_length).clamp(min=0)
-    return (1 + coefficient * excess).to(dtype)
-
-
-@sharpening.register_fake
-def _(visible_keys: Tensor, coefficient: float, trained_length: float, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(visible_keys, dtype=dtype)
-
-
-class Biased:
-    """A position module with one more bias by distance."""
-
-    def __init__(self, positions: PositionModule, bias: DistanceBias):
-        self.positions = positions
-        self.bias = bias
-
-    def rotate(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.positions.rotate(*args, **kwargs)
-
-    def max_span(self, dtype: torch.dtype) -> int:
-        return self.positions.max_span(dtype)
-
-    def distance_bias(self, distance: Tensor) -> Tensor:
-        own = distance_bias_of(self.positions)
-        return self.bias(distance) if own is None else self.bias(distance) + own(distance)
 
 
 class MultiHeadAttention(nn.Module):
@@ -91,15 +29,14 @@ class MultiHeadAttention(nn.Module):
             by default num_heads.
         head_dim: channels of a head; by default embed_dim / num_heads.
         positions: called with head_dim, gives the position module: `XPOS`, `RotaryEmbedding`,
-            `partial(XPOS, scale_base=64)`, or your own with their `rotate` and `max_span`, and if you like with a
-            `distance_bias`: see `PositionModule`.
+            `partial(XPOS, scale_base=64)`, or any `PositionModule` of your own.
         block_size: None for dense causal attention; an integer for blockwise causal attention in blocks of that size.
         bias: whether the projections have biases.
         dropout: probability of dropping an attention weight in training.
 
     Attributes that may be set at any time, on a trained model too:
         block_size: as above.
-        temperature: None, or a `Temperature` for queries that see more keys than in training.
+        query_scaling: None, or a `LogNScaling` of queries that see more keys than in training.
         distance_bias: None, or a `DistanceBias` such as `SoftTail` for keys farther away than any in training. A module
             with parameters is a submodule, and trained with the others.
 
@@ -143,13 +80,13 @@ class MultiHeadAttention(nn.Module):
         self.head_dim = head_dim
         self.dropout = dropout
         self.block_size = block_size
-        self.temperature = None
+        self.query_scaling = None
         self.distance_bias = None
         if isinstance(positions, nn.Module):
             raise ValueError(f"positions must be called with head_dim to give a module, such as XPOS, got {positions}")
         self.positions = positions(head_dim)
-        if not (hasattr(self.positions, "rotate") and hasattr(self.positions, "max_span")):
-            raise ValueError(f"positions must give a module with rotate and max_span, got {self.positions}")
+        if not isinstance(self.positions, PositionModule) or len(self.positions.rates) != head_dim // 2:
+            raise ValueError(f"positions must give a PositionModule with a rate for each pair, got {self.positions}")
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
@@ -161,31 +98,31 @@ class MultiHeadAttention(nn.Module):
 
     @block_size.setter
     def block_size(self, value: int | None) -> None:
-        if value is not None and not is_size(value):
-            raise ValueError(f"block_size must be above 0 and an integer, or None for dense attention, got {value!r}")
-        self._block_size = value
+        said = "above 0 and an integer, or None for dense attention"
+        self._block_size = None if value is None else as_size("block_size", value, said)
 
     @property
-    def temperature(self) -> Temperature | None:
-        return self._temperature
+    def query_scaling(self) -> LogNScaling | None:
+        return self._query_scaling
 
-    @temperature.setter
-    def temperature(self, value: Temperature | None) -> None:
-        if value is not None and not isinstance(value, Temperature):
-            raise ValueError(f"temperature must be a Temperature or None, got {value!r}")
-        self._temperature = value
+    @query_scaling.setter
+    def query_scaling(self, value: LogNScaling | None) -> None:
+        if value is not None and not isinstance(value, LogNScaling):
+            raise ValueError(f"query_scaling must be a LogNScaling or None, got {value!r}")
+        self._query_scaling = value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "distance_bias":
             if value is not None and not callable(value):
                 raise ValueError(f"distance_bias must be callable, such as a SoftTail, or None, got {value!r}")
-            self._modules.pop(name, None)  # torch lets nothing but a module take a module's place
+            if name in dict(self.named_children()):  # torch lets nothing but a module take a module's place
+                delattr(self, name)
         super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return (
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, block_size={self.block_size}, temperature={self.temperature}, "
+            f"head_dim={self.head_dim}, block_size={self.block_size}, query_scaling={self.query_scaling}, "
             f"distance_bias={self.distance_bias}"
         )
 
@@ -208,11 +145,17 @@ class MultiHeadAttention(nn.Module):
         Raises:
             ValueError: a size is not positive, or max_length is missing for dense attention.
         """
+        return KeyValueCache([self.layer_cache(batch_size, max_length, dtype, device)], max_length)
+
+    def layer_cache(
+        self, batch_size: int, max_length: int | None, dtype: torch.dtype | None, device: torch.device | None
+    ) -> LayerCache:
+        """This layer's part of a `KeyValueCache`; arguments as for `make_cache`."""
         device = self.k_proj.weight.device if device is None else device
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.k_proj.weight.dtype
-        return KeyValueCache(
+        return LayerCache(
             batch_size,
             self.num_kv_heads,
             self.head_dim,
@@ -223,12 +166,18 @@ class MultiHeadAttention(nn.Module):
             device=device,
         )
 
+    @property
+    def pattern(self) -> Pattern:
+        """What layers that attend alike have in common."""
+        return Pattern(self.positions, self.block_size, self.query_scaling, self.distance_bias)
+
     def forward(
         self,
         x: Tensor,
-        cache: KeyValueCache | None = None,
+        cache: KeyValueCache | LayerCache | None = None,
         lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
+        plan: Plan | None = None,
     ) -> Tensor:
         """Attend causally within x (b, n, embed_dim); gives the same shape.
 
@@ -242,74 +191,98 @@ class MultiHeadAttention(nn.Module):
             document_ids: without a cache, which document each token belongs to, (b, n), integers: attention stays
                 within documents. Only differences of positions count, so they need not restart. The blocks of blockwise
                 attention are counted from the start of the row.
+            plan: of a model of many layers, which has checked its arguments and holds lengths and document_ids; the
+                cache is then this layer's part of the model's, and whoever made the plan advances that.
 
         Raises:
             ValueError: an argument has another shape, a dtype that the weights or the cache do not fit, or does not go
                 with another; the cache is full (in a compiled graph a RuntimeError, on CUDA a failed assertion of the
                 device, which ends its use).
         """
-        self._check(x, cache, lengths, document_ids)
+        if plan is not None:
+            assert cache is None or isinstance(cache, LayerCache)
+            return self._attend(x, plan, cache)
+        assert cache is None or isinstance(cache, KeyValueCache)
+        self._check(x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            return self._attend(x, cache, lengths, document_ids)
-
-    def _attend(
-        self, x: Tensor, cache: KeyValueCache | None, lengths: Tensor | None, document_ids: Tensor | None
-    ) -> Tensor:
-        b, n, _ = x.shape
-        q = rearrange(self.q_proj(x), "b n (h d) -> b h n d", d=self.head_dim)
-        k = rearrange(self.k_proj(x), "b n (g d) -> b g n d", d=self.head_dim)
-        v = rearrange(self.v_proj(x), "b n (g d) -> b g n d", d=self.head_dim)
-        if self.temperature is not None:
-            at = torch.arange(n, device=x.device)
+            plans = plan_layers([self], x, cache, lengths, document_ids)
+            output = self._attend(x, plans[0], None if cache is None else cache[0])
             if cache is not None:
-                at = cache.length[:, None, None] + at
-            q = self.temperature(q, visible_keys(at, self.block_size))
-        positions = self.positions if self.distance_bias is None else Biased(self.positions, self.distance_bias)
-        dropout_p = self.dropout if self.training else 0.0
-        if cache is not None:
-            if k.dtype != cache.k.dtype:
-                raise ValueError(f"cache must hold the block's dtype {k.dtype}, got {cache.k.dtype}")
-            count = torch.full((b,), n, device=x.device) if lengths is None else lengths
-            attended = cached_attention(q, k, v, positions, cache, count)
-        elif self.block_size is None:
-            attended = dense_attention(q, k, v, positions, dropout_p, document_ids)
-        else:
-            attended = blockwise_attention(q, k, v, positions, self.block_size, dropout_p, document_ids)
-        return self.out_proj(rearrange(attended, "b h n d -> b n (h d)"))
+                cache.advance(x.shape[1], lengths, [plan.later for plan in plans])
+        return output
 
-    def _check(
-        self, x: Tensor, cache: KeyValueCache | None, lengths: Tensor | None, document_ids: Tensor | None
-    ) -> None:
+    def _attend(self, x: Tensor, plan: Plan, cache: LayerCache | None) -> Tensor:
+        pattern = self.pattern
+        if pattern.key != plan.key:
+            raise ValueError(f"plan must be made for {pattern.key[1:]} and these rates, got one for {plan.key[1:]}")
+        q = rearrange(self.q_proj(x), "b n (h d) -> b n h d", d=self.head_dim)
+        k = rearrange(self.k_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
+        v = rearrange(self.v_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
+        if cache is not None and k.dtype != cache.k.dtype:
+            raise ValueError(f"cache must hold the block's dtype {k.dtype}, got {cache.k.dtype}")
+        attended = attend(q, k, v, plan, pattern, cache, self.dropout if self.training else 0.0)
+        return self.out_proj(rearrange(attended, "b n h d -> b n (h d)"))
+
+    def _check(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must have shape (batch, seq_len, embed_dim={self.embed_dim}), got {tuple(x.shape)}")
         weight = self.q_proj.weight
         if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise ValueError(f"x must have the weights' dtype {weight.dtype}, or run under autocast, got {x.dtype}")
-        if document_ids is not None:
-            require_integers("document_ids", document_ids, x.shape[:2])
-            if cache is not None:
-                raise ValueError("document_ids must be None with a cache: each row of a cache is one document")
-            if self.temperature is not None:
-                raise ValueError("document_ids must be None with a temperature, which counts the keys of a whole row")
-        if cache is None:
-            if lengths is not None:
-                raise ValueError("lengths must be None without a cache: causal attention never sees right padding")
-            return
-        if cache.block_size != self.block_size:
-            raise ValueError(f"cache must be made for block_size={self.block_size}, got one for {cache.block_size}")
-        kept = cache.k.shape
-        if (kept[0], kept[1], kept[3]) != (x.shape[0], self.num_kv_heads, self.head_dim):
+
+
+def plan_layers(
+    layers: list[MultiHeadAttention],
+    x: Tensor,
+    cache: KeyValueCache | None,
+    lengths: Tensor | None,
+    document_ids: Tensor | None,
+) -> list[Plan]:
+    """A plan for each layer, one and the same for those that attend alike, for inputs like x (b, n, embed_dim).
+
+    Raises:
+        ValueError: as `MultiHeadAttention.forward`, for arguments that do not fit the layers or each other.
+    """
+    b, n, _ = x.shape
+    if document_ids is not None:
+        require_integers("document_ids", document_ids, x.shape[:2])
+        if cache is not None:
+            raise ValueError("document_ids must be None with a cache: each row of a cache is one document")
+        if any(layer.query_scaling is not None for layer in layers):
+            raise ValueError("document_ids must be None with query_scaling, which counts the keys of a whole row")
+    if cache is None and lengths is not None:
+        raise ValueError("lengths must be None without a cache: causal attention never sees right padding")
+    if cache is not None:
+        check_cache(layers, cache, b)
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    tokens = Tokens(
+        b,
+        n,
+        torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,
+        x.device,
+        length=None if cache is None else cache.length,
+        count=lengths,
+        most=None if cache is None else cache.admit(n, lengths),
+        document_ids=document_ids,
+    )
+    plans: list[Plan] = []
+    for i, layer in enumerate(layers):
+        pattern = layer.pattern
+        made = next((plan for plan in plans if plan.key == pattern.key), None)
+        plans.append(made or make_plan(pattern, tokens, None if cache is None else cache[i]))
+    return plans
+
+
+def check_cache(layers: list[MultiHeadAttention], cache: KeyValueCache, batch_size: int) -> None:
+    if len(cache.layers) != len(layers):
+        raise ValueError(f"cache must have {len(layers)} layers, got {len(cache.layers)}")
+    for layer, own in zip(layers, cache.layers, strict=True):
+        assert isinstance(own, LayerCache)
+        if own.block_size != layer.block_size:
+            raise ValueError(f"cache must be made for block_size={layer.block_size}, got one for {own.block_size}")
+        kept = own.k.shape
+        if (kept[0], kept[1], kept[3]) != (batch_size, layer.num_kv_heads, layer.head_dim):
             raise ValueError(
-                f"cache must have batch size {x.shape[0]}, {self.num_kv_heads} heads and head_dim {self.head_dim}, "
+                f"cache must have batch size {batch_size}, {layer.num_kv_heads} heads and head_dim {layer.head_dim}, "
                 f"got {kept[0]}, {kept[1]} and {kept[3]}"
             )
-        if lengths is not None:
-            require_integers("lengths", lengths, x.shape[:1])
-        cache.check_room(x.shape[1], lengths)
-
-
-def visible_keys(positions: Tensor, block_size: int | None) -> Tensor:
-    """How many keys the query at each position sees, its own included: dense if block_size is None, else blockwise."""
-    if block_size is None:
-        return positions + 1
-    return positions + 1 - (positions // block_size - 1).clamp(min=0) * block_size

@@ -1,4 +1,4 @@
-"""What is added to attention logits by distance alone: `DistanceBias`, and the soft tail.
+"""What changes attention logits besides q and k: a bias by distance, a factor on queries by how many keys they see.
 
 Axes: b batch, h heads, n queries, m keys.
 """
@@ -24,6 +24,13 @@ class DistanceBias(Protocol):
         ...
 
 
+def check_limits(name: str, value: float, trained_length: int) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be 0 or above and finite, got {value}")
+    if not trained_length > 0:
+        raise ValueError(f"trained_length must be above 0, got {trained_length}")
+
+
 @dataclass(frozen=True)
 class SoftTail:
     """Let the weight of keys beyond the trained length fall off, at evaluation time and without any training.
@@ -40,11 +47,30 @@ class SoftTail:
     trained_length: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.power < math.inf:
-            raise ValueError(f"power must be 0 or above and finite, got {self.power}")
-        if not self.trained_length > 0:
-            raise ValueError(f"trained_length must be above 0, got {self.trained_length}")
+        check_limits("power", self.power, self.trained_length)
 
     def __call__(self, distance: Tensor) -> Tensor:
         """The bias at each distance, float32, in the shape of `distance`; 0 at negative ones."""
         return -self.power * torch.log((distance.float() / self.trained_length).clamp(min=1))
+
+
+@dataclass(frozen=True)
+class LogNScaling:
+    """Sharpen queries that see more keys than in training, at evaluation time and without any training.
+
+    A query that sees n keys is multiplied by 1 + coefficient * ln(n / trained_length) if n is above trained_length, so
+    that the sheer number of far keys does not drown the near ones (log-n scaling; Llama 4 uses 0.1).
+
+    Raises:
+        ValueError: coefficient is negative or infinite, or trained_length is not positive.
+    """
+
+    coefficient: float
+    trained_length: int
+
+    def __post_init__(self) -> None:
+        check_limits("coefficient", self.coefficient, self.trained_length)
+
+    def __call__(self, visible_keys: Tensor, dtype: torch.dtype) -> Tensor:
+        """The factor of queries that see so many keys, in `dtype`, in the shape of `visible_keys`."""
+        return 1 + self.coefficient * torch.log((visible_keys.to(dtype) / self.trained_length).clamp(min=1))

@@ -6,6 +6,7 @@ Needs safetensors, which is imported only when a model is saved or loaded.
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xpos_zoo.attention import Temperature
-from xpos_zoo.bias import SoftTail
+from xpos_zoo.bias import LogNScaling, SoftTail
 from xpos_zoo.rotary import RotaryEmbedding
 from xpos_zoo.xpos import XPOS
 
@@ -24,10 +24,10 @@ VERSION = 1
 # Nothing else is ever made from a file: a name in it is looked up here, never imported.
 KNOWN: dict[str, dict[str, tuple[Callable[..., Any], tuple[str, ...]]]] = {
     "positions": {
-        "XPOS": (XPOS, ("scale_base", "base", "interleaved")),
-        "RotaryEmbedding": (RotaryEmbedding, ("base", "interleaved")),
+        "XPOS": (XPOS, ("scale_base", "base", "max_wavelength", "interleaved")),
+        "RotaryEmbedding": (RotaryEmbedding, ("base", "max_wavelength", "interleaved")),
     },
-    "temperature": {"Temperature": (Temperature, ("coefficient", "trained_length"))},
+    "query_scaling": {"LogNScaling": (LogNScaling, ("coefficient", "trained_length"))},
     "distance_bias": {"SoftTail": (SoftTail, ("power", "trained_length"))},
 }
 
@@ -47,12 +47,14 @@ def describe(kind: str, thing: Any) -> dict[str, Any] | None:
     return {"name": name} | {option: getattr(thing, option) for option in options}
 
 
-def described(kind: str, description: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The class that a description names, and its options.
+def described(kind: str, description: Any) -> Any:
+    """What a description describes: for positions, what makes them for a head_dim. None for None, but for positions.
 
     Raises:
         ValueError: the library has no such thing, or it has other options.
     """
+    if description is None and kind != "positions":
+        return None
     names = " or ".join(KNOWN[kind])
     if not isinstance(description, dict) or not isinstance(description.get("name"), str):
         raise ValueError(f"{kind} must be a mapping with the name {names}, got {description!r}")
@@ -63,7 +65,7 @@ def described(kind: str, description: Any) -> tuple[Callable[..., Any], dict[str
     given = {option: value for option, value in description.items() if option != "name"}
     if given.keys() != set(options):
         raise ValueError(f"{kind} {name} must have the options {', '.join(options)}, got {', '.join(given) or 'none'}")
-    return make, given
+    return partial(make, **given) if kind == "positions" else make(**given)
 
 
 def write_folder(

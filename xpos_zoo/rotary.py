@@ -1,42 +1,55 @@
-"""Rotary position embedding: the documented functions, and the module that attention uses.
+"""Positions as rates: how channel pairs are rotated and scaled. The documented functions, and `RotaryEmbedding`.
 
-Axes: n sequence, d head dimension, i = d/2 pairs of channels. A pair is one complex number; rotating it by position p
-multiplies it by exp(1j * p * theta_i) with theta_i = base^(-2i/d) (Su et al. 2021, RoFormer, eq. 34).
+Axes: n sequence, d head dimension, i = d/2 pairs of channels. A pair is one complex number. With the rate
+r_i = lambda_i + 1j theta_i, a query at position n is multiplied by exp(n r_i) and a key at m by exp(-m conj(r_i)), so
+that scores depend on n - m alone. Plain rotary embedding (Su et al. 2021, RoFormer, eq. 34) has theta_i = base^(-2i/d)
+and no lambda.
 """
 
+import cmath
+import math
+import struct
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from xpos_zoo.checks import is_size
+from xpos_zoo.checks import as_integer, as_size
 
 
-@torch.library.custom_op("xpos_zoo::rotary_table", mutates_args=())
-def rotary_table(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
-    """cos and sin of `positions * theta`, evaluated in float64: (2, *positions.shape, head_dim / 2).
+def rotary_rates(head_dim: int, base: float = 10000.0) -> tuple[complex, ...]:
+    """1j base^(-2i/d): those of plain rotary embedding."""
+    return tuple(1j * base ** (-2 * i / head_dim) for i in range(head_dim // 2))
 
-    An operator of its own because the compiler must not look inside: it would recompute sine and cosine for every
-    batch row and head instead of once a position, and may round `base` to float32.
+
+def sine(phase: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sine of phases in 2^-64 turns, int64, whose wrapping around is the reduction to one turn.
+
+    In float32 within 1e-7 at any position. Only plain operations, so that a compiler makes one small kernel of a table.
     """
-    table = positions.new_empty((2, *positions.shape, head_dim // 2), dtype=dtype)
-    write_rotations(positions, head_dim, base, table)
-    return table
+    quadrant = ((phase >> 61) + 1) >> 1
+    x = (phase - (quadrant << 62)).to(dtype) * (math.pi / 2**63)  # at most an eighth of a turn
+    if dtype == torch.float64:
+        sin, cos = x.sin(), x.cos()
+    else:  # Cephes' sinf and cosf; what torch.sin becomes on CUDA needs several times the registers
+        z = x * x
+        sin = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * x + x
+        cos = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1
+    return torch.where((quadrant & 1) == 0, sin, cos) * (1 - (quadrant & 2))
 
 
-@rotary_table.register_fake
-def _(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
-    return positions.new_empty((2, *positions.shape, head_dim // 2), dtype=dtype)
+def as_turns(rates: Sequence[complex]) -> list[int]:
+    """How far each rate turns in a position, in 2^-64 turns, as signed integers of 64 bits."""
+    return [(round(rate.imag / (2 * math.pi) * 2**64) + 2**63) % 2**64 - 2**63 for rate in rates]
 
 
-def write_rotations(positions: Tensor, head_dim: int, base: float, table: Tensor) -> None:
-    """cos and sin of `positions * theta` into table[0] and table[1]."""
-    pair = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
-    angle = positions[..., None] * base ** (-pair / head_dim)
-    torch.cos(angle, out=table[0])
-    torch.sin(angle, out=table[1])
+def cos_and_sin(positions: Tensor, turns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of integer positions (...) times turns (i,), as `as_turns` gives them: (2, ..., i)."""
+    row = torch.arange(2, device=positions.device).view(2, *[1] * positions.ndim, 1)
+    return sine(positions[..., None] * turns + ((1 - row) << 62), dtype)  # a sine a quarter of a turn on is the cosine
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -44,43 +57,79 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = True, back: bool = False) -> Tensor:
-    """Multiply x's channel pairs, as complex numbers, by `cos + 1j * sin`: x (..., n, d), tables (..., n, d/2).
+def rotate_pairs(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    factor: Tensor | None = None,
+    interleaved: bool = True,
+    back: bool = False,
+    packed: bool = False,
+) -> Tensor:
+    """Multiply x's channel pairs, as complex numbers, by `cos + 1j * sin`, and by factor: x (..., d), tables (..., i).
 
-    `back` multiplies by the conjugate. Computes in the wider of both dtypes and returns x's. Rounding to x's dtype
-    comes before the pairs are joined: so the compiler makes one kernel of it.
+    `back` multiplies by the conjugate; `packed`, for interleaved pairs, loads and stores a pair at once, which autograd
+    cannot follow. Computes in the wider of both dtypes and returns x's. Rounding to x's dtype comes before the pairs
+    are joined: so the compiler makes one kernel of it.
     """
     apart, axis = ("i two", -1) if interleaved else ("two i", -2)
-    real, imaginary = rearrange(x, f"... ({apart}) -> ... {apart}", two=2).unbind(axis)
-    if back:
-        rotated = real * cos + imaginary * sin, imaginary * cos - real * sin
-    else:
-        rotated = real * cos - imaginary * sin, imaginary * cos + real * sin
-    return rearrange(torch.stack([part.to(x.dtype) for part in rotated], axis), f"... {apart} -> ... ({apart})")
+    a, b = unpack(x) if packed else rearrange(x, f"... ({apart}) -> ... {apart}", two=2).unbind(axis)
+    if factor is not None:
+        a, b = a * factor, b * factor
+    a, b = (a * cos + b * sin, b * cos - a * sin) if back else (a * cos - b * sin, b * cos + a * sin)
+    if packed:
+        return pack(a, b, x.dtype)
+    return rearrange(torch.stack((a.to(x.dtype), b.to(x.dtype)), axis), f"... {apart} -> ... ({apart})")
+
+
+def unpack(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The halves of each pair of bfloat16 or float32 numbers in float32, bit by bit: (..., d) to twice (..., i).
+
+    One load for each pair, as an integer of twice the width: compilers make loads of every other number slow.
+    """
+    if x.dtype == torch.float32:
+        pair = x.contiguous().view(torch.int64)
+        return pair.to(torch.int32).view(torch.float32), (pair >> 32).to(torch.int32).view(torch.float32)
+    pair = x.contiguous().view(torch.int32)
+    return (pair << 16).view(torch.float32), (pair & -0x10000).view(torch.float32)
+
+
+def pack(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `unpack`, rounding to nearest even as a conversion does; what is no number stays none."""
+    low, high = a.view(torch.int32), b.view(torch.int32)
+    if dtype == torch.float32:
+        return ((low.to(torch.int64) & 0xFFFFFFFF) | (high.to(torch.int64) << 32)).view(dtype)
+    low, high = (
+        torch.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000) for x, bits in ((a, low), (b, high))
+    )
+    return (((low >> 16) & 0xFFFF) | (high & -0x10000)).view(dtype)
 
 
 class Rotation(torch.autograd.Function):
-    """Rotate x by a `rotary_table`, and multiply it by factor unless that is None.
+    """Multiply x by a table of `PositionModule`, by the rows for queries or, if `inverse`, for keys.
 
     The gradient is the same rotated back; left to itself, autograd takes the pairs apart and joins them again step by
-    step. Table and factor, which come from positions, get none.
+    step. The table, which comes from positions, gets none.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x: Tensor, table: Tensor, factor: Tensor | None, interleaved: bool, back: bool) -> Tensor:
-        cos, sin = table
-        if factor is not None:
-            cos, sin = cos * factor, sin * factor
-        return rotate_pairs(x, cos, sin, interleaved, back)
+    def forward(x: Tensor, table: Tensor, inverse: bool, interleaved: bool, back: bool) -> Tensor:
+        factor = table[3 if inverse else 2] if len(table) > 2 else None
+        packed = interleaved and x.dtype in (torch.bfloat16, torch.float32) and torch.compiler.is_dynamo_compiling()
+        return rotate_pairs(x, table[0], table[1], factor, interleaved, back, packed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, table, factor, ctx.interleaved, ctx.back = inputs
-        ctx.save_for_backward(table, factor)
+        _, table, ctx.inverse, ctx.interleaved, ctx.back = inputs
+        ctx.save_for_backward(table)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return Rotation.apply(gradient, *ctx.saved_tensors, ctx.interleaved, not ctx.back), None, None, None, None
+        (table,) = ctx.saved_tensors
+        x = Rotation.apply(gradient.contiguous(), table, ctx.inverse, ctx.interleaved, not ctx.back)
+        return x, None, None, None, None
 
 
 def fixed_pos_embedding(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,9 +144,16 @@ def fixed_pos_embedding(x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"x must have shape (seq_len, dim), got {tuple(x.shape)}")
     seq_len, dim = x.shape
     dtype = x.dtype if x.is_floating_point() else torch.float32
-    # Frequencies 10000^(-j/dim) for dim columns are those of a head of 2 * dim channels.
-    cos, sin = rotary_table(torch.arange(seq_len, device=x.device), 2 * dim, 10000.0, dtype)
+    # A compiler takes the length of a range as a plain number.
+    turns = torch.tensor(column_turns(len(range(dim))), dtype=torch.int64, device=x.device)
+    cos, sin = cos_and_sin(torch.arange(seq_len, device=x.device), turns, at_least_float32(dtype)).to(dtype)
     return sin, cos
+
+
+@torch.compiler.assume_constant_result
+def column_turns(dim: int) -> list[int]:
+    """Of columns with frequencies 10000^(-j/dim): those of a head of 2 * dim channels."""
+    return as_turns(rotary_rates(2 * dim))
 
 
 def rotate_every_two(x: Tensor) -> Tensor:
@@ -130,7 +186,7 @@ def apply_rotary_pos_emb(x: Tensor, sin: Tensor, cos: Tensor, scale: float | Ten
         x: (batch, seq_len, dim), or with any leading dimensions.
         sin, cos: (seq_len, dim/2), one column a pair; or (seq_len, dim) as `fixed_pos_embedding` gives for x's own
             width, of which column 2i is pair i's frequency. Leading dimensions broadcast against x's.
-        scale: a number, or a tensor of either table width.
+        scale: a number, or a tensor of either table width, or of width 1.
 
     Raises:
         ValueError: x is no floating-point tensor, dim is odd or zero, or a table's shape does not fit x.
@@ -142,7 +198,8 @@ def apply_rotary_pos_emb(x: Tensor, sin: Tensor, cos: Tensor, scale: float | Ten
 
     def per_pair(name: str, table: Tensor) -> Tensor:
         seq_len, dim = x.shape[-2:]
-        if table.ndim < 1 or table.shape[-1] not in (dim // 2, dim):
+        widths = (1, dim // 2, dim) if name == "scale" else (dim // 2, dim)
+        if table.ndim < 1 or table.shape[-1] not in widths:
             raise ValueError(f"{name} must be {dim // 2} or {dim} wide for x of width {dim}, got {tuple(table.shape)}")
         if table.ndim > 1 and table.shape[-2] not in (1, seq_len):
             raise ValueError(f"{name} must have {seq_len} rows, one for each of x's, got {tuple(table.shape)}")
@@ -157,47 +214,91 @@ def apply_rotary_pos_emb(x: Tensor, sin: Tensor, cos: Tensor, scale: float | Ten
     return rotate_pairs(x, per_pair("cos", cos) * scale, per_pair("sin", sin) * scale)
 
 
-class RotaryEmbedding(nn.Module):
-    """Rotary position embedding (Su et al. 2021) of vectors with `head_dim` channels.
-
-    Holds no table: sines and cosines are evaluated in float64 for the positions asked for, so they depend neither on
-    earlier calls nor on the module's dtype or device.
+class PositionModule(nn.Module):
+    """A position encoding: the rates of its channel pairs, and how channels pair up. That is all attention asks.
 
     Args:
-        head_dim: channels of a head; even.
-        base: the slowest wavelength is about 2 pi base positions.
+        rates: lambda_i + 1j theta_i for each of the head_dim / 2 pairs, plain numbers (see the top of this file);
+            1j theta_i rotates by theta_i radians a position, a lambda_i below 0 lets scores decay with distance.
         interleaved: how channels pair up: (0, 1), (2, 3), ... (as in RoFormer and xPos), or, if False, channel i with
             i + head_dim/2 (as in Llama). Scores are the same if the channels of q and k are permuted alike.
 
+    A subclass may also have a method `distance_bias(distance)`, a `DistanceBias`, for every head alike or with an axis
+    of heads (h, n, m), as ALiBi's is.
+
+    It holds no table: what positions ask for is evaluated from integers that no cast touches, so that neither
+    `.half()`, nor autocast, nor an earlier call changes a result, and without float64 (unless q and k are float64).
+    `rates` may be set anew at any time.
+
     Raises:
-        ValueError: head_dim is odd or not positive, or base is not positive.
+        ValueError: a rate is not finite, or a lambda is above 0, with which scores would grow with distance.
     """
 
-    def __init__(self, head_dim: int, *, base: float = 10000.0, interleaved: bool = True):
+    increments: Tensor
+
+    def __init__(self, rates: Sequence[complex], interleaved: bool = True):
         super().__init__()
-        if not is_size(head_dim) or head_dim % 2:
-            raise ValueError(f"head_dim must be even and above 0, got {head_dim}")
-        if not base > 0:
-            raise ValueError(f"base must be above 0, got {base}")
-        self.head_dim = head_dim
-        self.base = float(base)
         self.interleaved = interleaved
+        # Never on the meta device, from which nothing would bring it back.
+        self.register_buffer("increments", torch.empty(0, dtype=torch.int64, device="cpu"), persistent=False)
+        self.rates = rates
 
-    def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}, base={self.base:g}, interleaved={self.interleaved}"
+    @property
+    def rates(self) -> tuple[complex, ...]:
+        return self._rates
 
-    def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
-        """Rotate row j of x (..., seq_len, head_dim) by position offset + j; x's shape and dtype.
+    @rates.setter
+    def rates(self, rates: Sequence[complex]) -> None:
+        rates = tuple(complex(rate) for rate in rates)
+        for rate in rates:
+            if not cmath.isfinite(rate) or rate.real > 0:
+                raise ValueError(f"rates must be finite, and their real parts at most 0, got {rate}")
+        self._rates = rates
+        bits = max((-rate.real for rate in rates), default=0.0) / math.log(2)  # a position, of the fastest decay
+        self.decays = bits > 0
+        self._spans = [max(1, int(2 * most / bits)) if bits else sys.maxsize for most in (4, 32)]
+        # Exponents of 2^32 positions fit an int64, and those within a span are exact to 2^-26.
+        self._point = min(60, 30 - math.frexp(bits)[1])
+        self._renew()
 
-        Raises:
-            ValueError: x is no floating-point tensor of that width, or offset is negative or no integer.
+    def _renew(self) -> None:
+        exponents = [rate.real / math.log(2) for rate in self.rates]
+        words = [
+            as_turns(self.rates),
+            [round(exponent * 2**self._point) for exponent in exponents],
+            [struct.unpack("q", struct.pack("d", exponent))[0] for exponent in exponents],
+        ]
+        self.increments = torch.tensor(words, dtype=torch.int64, device=self.increments.device)
+
+    def _apply(self, fn, recurse=True):  # the one place that all of .to(), .half(), .to_empty() come through
+        super()._apply(fn, recurse)
+        self._renew()
+        return self
+
+    def table(self, positions: Tensor, dtype: torch.dtype, exponents: Tensor | None = None) -> Tensor:
+        """What pairs at integer positions are multiplied by: (rows, *positions.shape, i) in `dtype`, float32 or wider.
+
+        Rows are cosine and sine, and, if the encoding decays, the factors of queries and of keys; these are taken at
+        `exponents` if they are given, which broadcast against positions.
         """
-        return self._rotated(x, self._table(x, self._positions(x, offset)))
+        turns, decay, decay_bits = self.increments.to(positions.device).unbind()
+        rows = [cos_and_sin(positions, turns, dtype)]
+        if self.decays:
+            sign = 1 - 2 * torch.arange(2, device=positions.device).view(2, *[1] * positions.ndim, 1)
+            steps = (positions if exponents is None else exponents)[..., None] * sign
+            if dtype == torch.float64:
+                rows.append(torch.exp2(steps.double() * decay_bits.view(torch.float64)))
+            else:
+                exponent = steps * decay
+                fraction = exponent & (2**self._point - 1)
+                factor = torch.exp2(fraction.to(dtype) / 2**self._point)
+                rows.append(torch.exp2((exponent >> self._point).to(dtype)) * factor)
+        return as_table(rows)
 
     def rotate(
         self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, origin: int | Tensor = 0
     ) -> tuple[Tensor, Tensor]:
-        """q and k for attention scores that depend on position differences alone: what attention calls.
+        """q and k whose products depend on position differences alone.
 
         Args:
             q, k: (..., n, head_dim); their n may differ.
@@ -205,21 +306,94 @@ class RotaryEmbedding(nn.Module):
             origin: the position from which both are measured. Scores do not depend on it; how far the intermediate
                 numbers are from 1 does.
         """
-        q_table = self._table(q, q_positions - origin)
-        k_table = q_table if k_positions is q_positions else self._table(k, k_positions - origin)
-        return self._rotated(q, q_table), self._rotated(k, k_table)
+        q_table = self.table(q_positions - origin, at_least_float32(q.dtype))
+        same = k_positions is q_positions and k.dtype == q.dtype
+        k_table = q_table if same else self.table(k_positions - origin, at_least_float32(k.dtype))
+        return self.rotated(q, q_table), self.rotated(k, k_table, inverse=True)
+
+    def rotated(self, x: Tensor, table: Tensor | None, inverse: bool = False) -> Tensor:
+        """Queries, or with `inverse` keys, x (..., d) multiplied by a table (rows, ..., i); unchanged if it is None."""
+        return x if table is None else Rotation.apply(x, table, inverse, self.interleaved, False)  # type: ignore[return-value]
 
     def max_span(self, dtype: torch.dtype) -> int:
-        """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`: no limit."""
-        return sys.maxsize
+        """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`.
 
-    def _table(self, x: Tensor, positions: Tensor) -> Tensor:
-        return rotary_table(positions, self.head_dim, self.base, at_least_float32(x.dtype))
+        No factor then exceeds 2^32, or 2^4 in float16, so that even a score that a causal mask hides, the product of
+        two such factors, stays finite in the float32 in which attention accumulates. float16 has few bits to spare:
+        queries and keys may be as large as 4000, and as small as 0.001 before they lose precision.
+        """
+        return self._spans[dtype != torch.float16]
 
-    def _rotated(self, x: Tensor, table: Tensor, factor: Tensor | None = None) -> Tensor:
-        return Rotation.apply(x, table, factor, self.interleaved, False)  # type: ignore[return-value]
 
-    def _positions(self, x: Tensor, offset: int | Tensor) -> Tensor:
+def as_table(rows: list[Tensor]) -> Tensor:
+    """Rows as one tensor that a compiler writes to memory: it would evaluate them anew for every head and batch row."""
+    table = torch.cat(rows)
+    return torch.as_strided(table, table.shape, table.stride())
+
+
+def fitting(rates: Sequence[complex], max_wavelength: float | None) -> tuple[complex, ...]:
+    """Rates with those whose wavelength 2 pi / theta is above max_wavelength set to 0: content without a position.
+
+    Raises:
+        ValueError: max_wavelength is not positive, or no rate is left.
+    """
+    if max_wavelength is None:
+        return tuple(rates)
+    if not max_wavelength > 0:
+        raise ValueError(f"max_wavelength must be above 0, or None for all pairs, got {max_wavelength}")
+    kept = tuple(rate if rate.imag * max_wavelength >= 2 * math.pi else 0j for rate in rates)
+    if not any(kept):
+        shortest = 2 * math.pi / max(rate.imag for rate in rates)
+        raise ValueError(f"max_wavelength must leave a pair: at least {shortest:.4g}, got {max_wavelength}")
+    return kept
+
+
+class RotaryEmbedding(PositionModule):
+    """Rotary position embedding (Su et al. 2021) of vectors with `head_dim` channels.
+
+    Args:
+        head_dim: channels of a head; even.
+        base: the slowest wavelength is about 2 pi base positions.
+        max_wavelength: pairs with a longer wavelength, in positions, are not rotated (p-RoPE, Barbero et al. 2024,
+            arXiv 2410.06205); None rotates all.
+        interleaved: see `PositionModule`.
+
+    Raises:
+        ValueError: head_dim is odd or not positive, base is not positive, or max_wavelength leaves no pair.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        base: float = 10000.0,
+        max_wavelength: float | None = None,
+        interleaved: bool = True,
+    ):
+        head_dim = as_size("head_dim", head_dim, "even and above 0", even=True)
+        if not 0 < base < math.inf:
+            raise ValueError(f"base must be above 0 and finite, got {base}")
+        super().__init__(fitting(rotary_rates(head_dim, base), max_wavelength), interleaved)
+        self.head_dim = head_dim
+        self.base = float(base)
+        self.max_wavelength = max_wavelength
+
+    def extra_repr(self) -> str:
+        longest = "" if self.max_wavelength is None else f"max_wavelength={self.max_wavelength:g}, "
+        return f"head_dim={self.head_dim}, base={self.base:g}, {longest}interleaved={self.interleaved}"
+
+    def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
+        """Rotate row j of x (..., seq_len, head_dim) by position offset + j; x's shape and dtype.
+
+        Raises:
+            ValueError: x is no floating-point tensor of that width, or offset is negative or no integer.
+        """
+        positions, _ = self._positions(x, offset)
+        cos, sin = self.table(positions, at_least_float32(x.dtype))[:2]
+        return rotate_pairs(x, cos, sin, interleaved=self.interleaved)
+
+    def _positions(self, x: Tensor, offset: SupportsIndex | Tensor) -> tuple[Tensor, int | Tensor]:
+        """Those of x's rows, and the offset as a plain number or a tensor."""
         if x.ndim < 2 or x.shape[-1] != self.head_dim:
             raise ValueError(f"x must have shape (..., seq_len, head_dim={self.head_dim}), got {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -227,6 +401,6 @@ class RotaryEmbedding(nn.Module):
         if isinstance(offset, Tensor):
             if offset.numel() != 1 or offset.is_floating_point():
                 raise ValueError(f"offset must be one integer, got {offset.dtype} {tuple(offset.shape)}")
-        elif not isinstance(offset, int) or offset < 0:
-            raise ValueError(f"offset must be 0 or above and an integer, got {offset}")
-        return torch.arange(x.shape[-2], device=x.device) + offset
+            return torch.arange(x.shape[-2], device=x.device) + offset, offset
+        number = offset if isinstance(offset, torch.SymInt) else as_integer("offset", offset)
+        return torch.arange(x.shape[-2], device=x.device) + number, number  # type: ignore[return-value]

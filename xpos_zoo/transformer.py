@@ -5,7 +5,6 @@ Axes: b batch, n sequence.
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
-from xpos_zoo.attention import MultiHeadAttention, Temperature
-from xpos_zoo.bias import DistanceBias
-from xpos_zoo.cache import KeyValueCache
+from xpos_zoo.attention import MultiHeadAttention, plan_layers
+from xpos_zoo.bias import LogNScaling
+from xpos_zoo.cache import KeyValueCache, LayerCache
 from xpos_zoo.checks import require_integers, require_sizes
-from xpos_zoo.dense import PositionModule
+from xpos_zoo.plan import Plan
 from xpos_zoo.pretrained import (
     CONFIG,
     WEIGHTS,
@@ -29,6 +28,7 @@ from xpos_zoo.pretrained import (
     read_weights,
     write_folder,
 )
+from xpos_zoo.rotary import PositionModule
 from xpos_zoo.sampling import check_sampling, sample
 from xpos_zoo.xpos import XPOS
 
@@ -59,15 +59,39 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(attention.embed_dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: KeyValueCache | None = None,
-        lengths: Tensor | None = None,
-        document_ids: Tensor | None = None,
-    ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache, lengths, document_ids))
+    def forward(self, x: Tensor, plan: Plan | None = None, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache, plan=plan))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+Positions = Callable[[int], PositionModule]
+
+
+def each_layer(name: str, value: Any, num_layers: int) -> list[Any]:
+    """The value of each layer: a list has one for each, anything else is every layer's.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    if not isinstance(value, list):
+        return [value] * num_layers
+    if len(value) != num_layers:
+        raise ValueError(f"{name} must be one for all layers or a list of {num_layers}, got a list of {len(value)}")
+    return value
+
+
+def setting(name: str, what: str) -> Any:
+    """A property of `Transformer` that is the attribute of that name of each layer's attention."""
+
+    def read(self: "Transformer") -> Any:
+        values = [getattr(attention, name) for attention in self.attentions]
+        return values[0] if all(value == values[0] for value in values) else values
+
+    def write(self: "Transformer", value: Any) -> None:
+        for attention, own in zip(self.attentions, each_layer(name, value, len(self.layers)), strict=True):
+            setattr(attention, name, own)
+
+    return property(read, write, doc=f"{what}, of all layers, or a list with one for each where they differ.")
 
 
 class Transformer(nn.Module):
@@ -77,7 +101,9 @@ class Transformer(nn.Module):
 
     Args:
         vocab_size, embed_dim, num_layers, num_heads: sizes.
-        num_kv_heads, head_dim, positions, block_size: see `MultiHeadAttention`.
+        num_kv_heads, head_dim: see `MultiHeadAttention`.
+        positions, block_size, query_scaling: see there; for all layers, or a list with one for each (local layers, with
+            a small block, and global ones).
         hidden_dim: width of the feed-forward network; by default 8/3 embed_dim, rounded up to a multiple of 32.
         dropout: probability of dropping an attention weight, and a feature before it joins the residual stream.
         tie_embeddings: whether the output projection is the embedding's transpose.
@@ -98,8 +124,9 @@ class Transformer(nn.Module):
         *,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
-        positions: Callable[[int], PositionModule] = XPOS,
-        block_size: int | None = None,
+        positions: Positions | list[Positions] = XPOS,
+        block_size: int | list[int | None] | None = None,
+        query_scaling: LogNScaling | list[LogNScaling | None] | None = None,
         hidden_dim: int | None = None,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
@@ -119,15 +146,20 @@ class Transformer(nn.Module):
                     num_heads,
                     num_kv_heads=num_kv_heads,
                     head_dim=head_dim,
-                    positions=positions,
-                    block_size=block_size,
+                    positions=own_positions,
+                    block_size=own_block_size,
                     dropout=dropout,
                 ),
                 hidden_dim,
                 dropout,
             )
-            for _ in range(num_layers)
+            for own_positions, own_block_size in zip(
+                each_layer("positions", positions, num_layers),
+                each_layer("block_size", block_size, num_layers),
+                strict=True,
+            )
         )
+        self.query_scaling = query_scaling
         self.norm = nn.RMSNorm(embed_dim, NORM_EPS)
         self.head = nn.Linear(embed_dim, vocab_size, bias=False)
         if tie_embeddings:
@@ -148,39 +180,13 @@ class Transformer(nn.Module):
         """The attention of each layer."""
         return [layer.attention for layer in self.layers]  # type: ignore[union-attr]
 
-    @property
-    def block_size(self) -> int | None:
-        """None for dense attention, else the block size of blockwise attention, in all layers."""
-        return self.attentions[0].block_size
-
-    @block_size.setter
-    def block_size(self, value: int | None) -> None:
-        for attention in self.attentions:
-            attention.block_size = value
-
-    @property
-    def temperature(self) -> Temperature | None:
-        """The `Temperature` of queries beyond the trained length in all layers, or None."""
-        return self.attentions[0].temperature
-
-    @temperature.setter
-    def temperature(self, value: Temperature | None) -> None:
-        for attention in self.attentions:
-            attention.temperature = value
-
-    @property
-    def distance_bias(self) -> DistanceBias | None:
-        """The `DistanceBias` of all layers, such as `SoftTail`, or None."""
-        return self.attentions[0].distance_bias
-
-    @distance_bias.setter
-    def distance_bias(self, value: DistanceBias | None) -> None:
-        for attention in self.attentions:
-            attention.distance_bias = value
+    block_size = setting("block_size", "None for dense attention, else the block size of blockwise attention")
+    query_scaling = setting("query_scaling", "None, or a `LogNScaling` of queries beyond the trained length")
+    distance_bias = setting("distance_bias", "None, or a `DistanceBias` such as `SoftTail`")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "distance_bias":
-            object.__setattr__(self, name, value)  # a bias that is a module belongs to the layers, too
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)  # a bias that is a module belongs to the layers, not to the model
         else:
             super().__setattr__(name, value)
 
@@ -189,31 +195,25 @@ class Transformer(nn.Module):
         """All that `from_pretrained` needs to make this model again but for its weights, as plain values.
 
         Raises:
-            ValueError: the library does not know the position module or the distance bias, or layers differ.
+            ValueError: the library does not know a position module or a distance bias, or layers differ otherwise.
         """
-        of_layers = [
-            {
-                "num_heads": attention.num_heads,
-                "num_kv_heads": attention.num_kv_heads,
-                "head_dim": attention.head_dim,
-                "block_size": attention.block_size,
-                "dropout": attention.dropout,
-                "positions": describe("positions", attention.positions),
-                "temperature": describe("temperature", attention.temperature),
-                "distance_bias": describe("distance_bias", attention.distance_bias),
-            }
-            for attention in self.attentions
-        ]
-        for name, value in of_layers[0].items():
-            if others := [layer[name] for layer in of_layers if layer[name] != value]:
-                raise ValueError(f"{name} must be the same in all layers to be saved, got {value} and {others[0]}")
+        attentions = self.attentions
+        sizes: dict[str, Any] = {}
+        for name in ("num_heads", "num_kv_heads", "head_dim", "dropout"):
+            sizes[name], *others = [getattr(attention, name) for attention in attentions]
+            if differing := [value for value in others if value != sizes[name]]:
+                raise ValueError(f"{name} must be the same in all layers, got {sizes[name]} and {differing[0]}")
+        for name in ("positions", "query_scaling", "distance_bias"):
+            each = [describe(name, getattr(attention, name)) for attention in attentions]
+            sizes[name] = each[0] if all(value == each[0] for value in each) else each
         return {
             "vocab_size": self.vocab_size,
             "embed_dim": self.embedding.embedding_dim,
             "num_layers": len(self.layers),
             "hidden_dim": self.layers[0].feed_forward.gate_proj.out_features,  # type: ignore[union-attr]
             "tie_embeddings": self.head.weight is self.embedding.weight,
-            **of_layers[0],
+            "block_size": self.block_size,
+            **sizes,
         }
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -239,14 +239,13 @@ class Transformer(nn.Module):
             reference = cls(vocab_size=2, embed_dim=2, num_layers=1, num_heads=1)
         config = read_config(path, set(reference.config))
         try:
-            settings = {name: config.pop(name) for name in ("temperature", "distance_bias")}
-            make, options = described("positions", config.pop("positions"))
+            made = {name: config.pop(name) for name in ("positions", "query_scaling", "distance_bias")}
+            for name, value in made.items():
+                made[name] = [described(name, v) for v in value] if isinstance(value, list) else described(name, value)
+            distance_bias = made.pop("distance_bias")
             with torch.device("meta"):
-                model = cls(**config, positions=partial(make, **options))
-            for name, description in settings.items():
-                if description is not None:
-                    make, options = described(name, description)
-                    setattr(model, name, make(**options))
+                model = cls(**config, **made)
+            model.distance_bias = distance_bias
         except (TypeError, ValueError) as error:
             raise ValueError(f"{Path(path) / CONFIG}: {error}") from error
         weights = read_weights(path, model, device)
@@ -256,7 +255,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{Path(path) / WEIGHTS}: {' '.join(str(error).split())}") from error
         if config["tie_embeddings"]:
             model.head.weight = model.embedding.weight
-        return model.eval()
+        return model.to(device).eval()
 
     def make_cache(
         self,
@@ -265,16 +264,15 @@ class Transformer(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
-    ) -> "TransformerCache":
+    ) -> KeyValueCache:
         """An empty cache for `forward`; see `MultiHeadAttention.make_cache`."""
-        return TransformerCache(
-            attention.make_cache(batch_size, max_length, dtype=dtype, device=device) for attention in self.attentions
-        )
+        layers = (attention.layer_cache(batch_size, max_length, dtype, device) for attention in self.attentions)
+        return KeyValueCache(layers, max_length)
 
     def forward(
         self,
         tokens: Tensor,
-        cache: "TransformerCache | None" = None,
+        cache: KeyValueCache | None = None,
         lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
@@ -289,21 +287,18 @@ class Transformer(nn.Module):
             return self.head(self._features(tokens, cache, lengths, document_ids))
 
     def _features(
-        self,
-        tokens: Tensor,
-        cache: "TransformerCache | None" = None,
-        lengths: Tensor | None = None,
-        document_ids: Tensor | None = None,
+        self, tokens: Tensor, cache: KeyValueCache | None, lengths: Tensor | None, document_ids: Tensor | None = None
     ) -> Tensor:
         check_tokens(tokens)
-        if cache is not None and len(cache) != len(self.layers):
-            raise ValueError(f"cache must have {len(self.layers)} layers, got {len(cache)}")
         x = self.embedding(tokens)
-        for i, layer in enumerate(self.layers):
+        plans = plan_layers(self.attentions, x, cache, lengths, document_ids)
+        for i, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
-                x = checkpoint(layer, x, None, lengths, document_ids, use_reentrant=False)
+                x = checkpoint(layer, x, plan, use_reentrant=False)
             else:
-                x = layer(x, None if cache is None else cache[i], lengths, document_ids)
+                x = layer(x, plan, None if cache is None else cache[i])
+        if cache is not None:
+            cache.advance(tokens.shape[1], lengths, [plan.later for plan in plans])
         return self.norm(x)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, *, lengths: Tensor | None = None, **options: Any) -> Tensor:
@@ -361,55 +356,29 @@ class Transformer(nn.Module):
                 raise ValueError(f"lengths must be from 1 to seq_len={tokens.shape[1]}, got {lengths.tolist()}")
         check_sampling(temperature, top_k, top_p)
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-        draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        return self._stream(tokens, max_new_tokens, lengths, draw, eos, self if decode is None else decode)
 
-    @torch.no_grad()
-    def _stream(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        lengths: Tensor | None,
-        draw: Callable[[Tensor], Tensor],
-        eos: int | None,
-        decode: Callable[..., Tensor],
-    ) -> Iterator[Tensor]:
-        if max_new_tokens == 0:
-            return
-        b, n = tokens.shape
-        cache = self.make_cache(b, n + max_new_tokens)
-        features = self._features(tokens, cache, lengths)
-        last = features[:, -1] if lengths is None else features[torch.arange(b, device=tokens.device), lengths - 1]
-        new = draw(self.head(last)).to(tokens.dtype)
-        ended = torch.zeros_like(new, dtype=torch.bool)
-        for left in reversed(range(max_new_tokens)):
-            yield new
-            if eos is not None:
-                ended |= new == eos
-                if ended.all():
+        @torch.no_grad()
+        def draw(logits: Tensor) -> Tensor:
+            return sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
+
+        @torch.no_grad()
+        def steps() -> Iterator[Tensor]:
+            cache = self.make_cache(len(tokens), tokens.shape[1] + max_new_tokens)
+            features = self._features(tokens, cache, lengths)
+            rows = torch.arange(len(tokens), device=tokens.device)
+            new = draw(self.head(features[rows, -1 if lengths is None else lengths - 1]))
+            ended = torch.zeros_like(new, dtype=torch.bool)
+            for left in reversed(range(max_new_tokens)):
+                yield new
+                if eos is not None:
+                    ended |= new == eos
+                if not left or (eos is not None and ended.all()):
                     return
-            if left:
-                new = draw(decode(new[:, None], cache)[:, -1]).to(tokens.dtype)
+                new = draw((self if decode is None else decode)(new[:, None], cache)[:, -1])
                 if eos is not None:
                     new = new.masked_fill(ended, eos)
 
-
-class TransformerCache(nn.ModuleList):
-    """A `KeyValueCache` for each layer; all have seen the same tokens."""
-
-    @property
-    def length(self) -> Tensor:
-        """Tokens seen by each row, (b,)."""
-        return self[0].length  # type: ignore[return-value]
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        for cache in self:
-            cache.reset()  # type: ignore[operator]
-
-    def select(self, rows: Tensor) -> "TransformerCache":
-        """See `KeyValueCache.select`."""
-        return TransformerCache(cache.select(rows) for cache in self)  # type: ignore[operator]
+        return steps() if max_new_tokens else iter(())
 
 
 def check_tokens(tokens: Tensor) -> None:

@@ -1,0 +1,390 @@
+"""The plan of a forward: all that follows from positions and lengths alone, made once and used by every layer.
+
+Axes: b batch, h heads, n queries, m keys, j blocks or parts, w tokens in a block, p tokens in a part, i channel pairs.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from xpos_zoo.bias import DistanceBias, LogNScaling
+from xpos_zoo.cache import LayerCache, Writing, part_size
+from xpos_zoo.rotary import PositionModule, as_table, at_least_float32
+
+QUERY_CHUNK = 1024  # queries at a time where there is a mask: bounds it at 1024 x m
+ALL = sys.maxsize  # of them
+
+
+def first_seen(at: Tensor, block_size: int | None) -> Tensor:
+    """The oldest position that a query at each position sees: the first, or that of the block before its own."""
+    return torch.zeros_like(at) if block_size is None else ((at // block_size - 1) * block_size).clamp(min=0)
+
+
+def sees(
+    q_at: Tensor, k_at: Tensor, block_size: int | None, q_ids: Tensor | None = None, k_ids: Tensor | None = None
+) -> Tensor:
+    """Who sees whom: whether queries at q_at (..., n) see keys at k_at (..., m), (..., n, m).
+
+    Causally, from `first_seen` on, and only keys of the same document if there are ids. None is at a position below 0.
+    """
+    seen = (k_at[..., None, :] <= q_at[..., None]) & (k_at[..., None, :] >= first_seen(q_at, block_size)[..., None])
+    return seen if q_ids is None or k_ids is None else seen & (q_ids[..., None] == k_ids[..., None, :])
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """What tells one layer's attention from another's besides its weights: layers alike in this share a plan."""
+
+    positions: PositionModule
+    block_size: int | None = None
+    query_scaling: LogNScaling | None = None
+    distance_bias: DistanceBias | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What layers that share a plan have equal, without their modules: layers compiled one by one share a graph."""
+        positions = self.positions
+        own = positions if hasattr(positions, "distance_bias") else None
+        return positions.rates, positions.interleaved, own, self.block_size, self.query_scaling, self.distance_bias
+
+    @property
+    def biased(self) -> bool:
+        return self.distance_bias is not None or hasattr(self.positions, "distance_bias")
+
+    @property
+    def learned(self) -> bool:
+        """Whether the bias may have parameters, which belong to a layer: then each layer evaluates it."""
+        return isinstance(self.distance_bias, nn.Module)
+
+    def bias(self, distance: Tensor) -> Tensor:
+        """What is added to logits at a distance (..., n, m): by the position module and by `distance_bias`."""
+        biases = [self.distance_bias, getattr(self.positions, "distance_bias", None)]
+        first, *more = [bias(distance) for bias in biases if bias is not None]
+        return first + more[0] if more else first
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a forward is about: b rows of n tokens, and where in their sequences they stand.
+
+    Attributes:
+        length: with a cache, tokens before them, (b,).
+        count: how many of the n count, (b,), the others being padding; None for all.
+        most: the most tokens that a row has with these; None if that is not known before the graph runs.
+        document_ids: (b, n) or None.
+    """
+
+    b: int
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    length: Tensor | None = None
+    count: Tensor | None = None
+    most: int | None = None
+    document_ids: Tensor | None = None
+
+    @property
+    def first(self) -> Tensor:
+        """The position of each row's first token, with a cache: (b, 1)."""
+        assert self.length is not None
+        return self.length[:, None]
+
+    @property
+    def positions(self) -> Tensor:
+        """That of each token, with a cache: (b, n)."""
+        return self.first + torch.arange(self.n, device=self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Queries and the keys that they attend to.
+
+    Attributes:
+        q_at, k_at: their positions, (..., n) and (..., m), from any origin that `sees` may use.
+        q_ids, k_ids: their documents, likewise, or None.
+        masked: whether `logits` say who sees whom; else it is causal, and the last query sees the last key.
+        mask: they, if all queries go at once and no layer has a bias of its own in them.
+        shifts: for each chunk of queries, the table (rows, ..., j, 1, 1, i) that brings the keys of each part to the
+            chunk's origin; None if they are measured from it already.
+    """
+
+    q_at: Tensor
+    k_at: Tensor
+    q_ids: Tensor | None = None
+    k_ids: Tensor | None = None
+    masked: bool = True
+    mask: Tensor | None = None
+    shifts: tuple[Tensor, ...] | None = None
+
+    def logits(self, rows: slice, keys: slice, pattern: Pattern, dtype: torch.dtype) -> Tensor:
+        """What is added to the logits of some queries and keys, (..., n, m): a bias, minus infinity where unseen."""
+        q_at, k_at = self.q_at[..., rows], self.k_at[..., keys]
+        ids = (
+            (None, None) if self.q_ids is None or self.k_ids is None else (self.q_ids[..., rows], self.k_ids[..., keys])
+        )
+        seen = sees(q_at, k_at, pattern.block_size, *ids)
+        distance = q_at[..., None] - k_at[..., None, :]
+        bias = pattern.bias(with_heads(distance)) if pattern.biased else torch.zeros((), device=q_at.device)
+        # On the CPU it may be more precise than q. CUDA's memory-efficient kernel wants q's dtype, so that there a bias
+        # is rounded: one of 10 by up to 0.03 in bfloat16, 0.004 in float16.
+        dtype = dtype if q_at.device.type == "cuda" else at_least_float32(dtype)
+        return torch.where(with_heads(seen), bias, -torch.inf).to(dtype)
+
+
+def with_heads(t: Tensor) -> Tensor:
+    """(b, n, m) or (n, m) to (b, 1, n, m)."""
+    return t[(None,) * (3 - t.ndim)][:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Rows laid out in blocks, from the block before the one that each one's first new token falls into.
+
+    Attributes:
+        queries: which new token stands at each place of the blocks, (b, (j w)).
+        keys: which slot of the cache, or, counted on from the slots, which new token stands at each place of these
+            blocks and the one before, (b, ((j + 1) w)).
+        asked: the places of the new tokens, (b, n).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    asked: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How layers of one pattern attend in this forward.
+
+    A dataclass and not a tuple: FSDP2's mixed precision casts the tensors of a tuple, and would round the tables.
+
+    Attributes:
+        key: of the pattern.
+        q_table, k_table: of `PositionModule.table`, (rows, ..., 1, i); None if nothing is rotated. With a cache k_table
+            is for new keys, relative to the starts of their parts.
+        windows: one; or that of the first block, and that of all others, which are batch rows.
+        chunk: queries at a time. part: keys that share an origin.
+        blocks: positions of the queries if they are cut into blocks, (..., j, w).
+        layout: of blocks from a cache.
+        writing: with a cache.
+    """
+
+    key: tuple[Any, ...]
+    q_table: Tensor | None
+    k_table: Tensor | None
+    windows: tuple[Window, ...]
+    chunk: int = QUERY_CHUNK
+    part: int = 1
+    blocks: Tensor | None = None
+    layout: Layout | None = None
+    writing: Writing | None = None
+
+    @property
+    def later(self) -> Writing | None:
+        """What is written only at the end of the forward: see `LayerCache.write`."""
+        return None if self.layout is None else self.writing
+
+
+def make_plan(pattern: Pattern, tokens: Tokens, cache: LayerCache | None = None) -> Plan:
+    """The plan for those tokens, with the cache of one of the layers if they have one."""
+    w = pattern.block_size
+    if cache is not None and tokens.n == 1:
+        return plan_token(pattern, tokens, cache)
+    if w is not None and (cache is not None or tokens.n > 2 * w):  # in up to two blocks, every query sees all before it
+        return plan_blocks(pattern, tokens, w, cache)
+    return plan_sequence(pattern, tokens, cache)
+
+
+def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) -> Plan:
+    """Queries on all keys before them, their own or those of a cache."""
+    n, positions, ids = tokens.n, pattern.positions, tokens.document_ids
+    at = torch.arange(n, device=tokens.device)
+    masked = pattern.biased or ids is not None or cache is not None
+    if cache is None:
+        q_at, k_at, p, first = at, at, part_size(positions), at[:1] * 0
+    else:
+        q_at, p, first = tokens.positions, cache.part_size, tokens.first
+        k_at = torch.arange(cache.used(tokens.most), device=tokens.device)
+    if n <= positions.max_span(tokens.dtype) and (cache is None or not positions.decays):  # one origin for all
+        origin = n // 2 if cache is None else 0
+        k_table = table(pattern, q_at - origin, tokens)
+        q_table = scaled(k_table, pattern, q_at)
+        chunk = QUERY_CHUNK if masked else ALL
+        shifts = None
+    else:
+        chunk = chunk_size(pattern, tokens)
+        masked = masked or not aligned(pattern, tokens)
+        q_table = scaled(table(pattern, at % chunk - chunk // 2, tokens), pattern, q_at)
+        k_table = table(pattern, q_at % p, tokens)
+        part_at = torch.arange(0, k_at.shape[-1], p, device=tokens.device)
+        shifts = shift_tables(pattern, tokens, part_at - first, n, chunk)
+    window = make_window(pattern, tokens, Window(q_at, k_at, ids, ids, masked, None, shifts), chunk)
+    return Plan(pattern.key, q_table, k_table, (window,), chunk, p, writing=plan_writing(tokens, cache))
+
+
+def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | None) -> Plan:
+    """Blocks as batch rows, each on itself and the block before it; the first apart, for it may have none before it."""
+    n, positions, ids = tokens.n, pattern.positions, tokens.document_ids
+    blocks, at = block_count(n, w, cache is not None), torch.arange(2 * w, device=tokens.device)
+    needed = pattern.biased or ids is not None
+    masked = needed or not aligned(pattern, tokens)
+    one_origin = not positions.decays or (cache is None and 2 * w <= positions.max_span(tokens.dtype))
+    chunk = min(w, QUERY_CHUNK if one_origin else chunk_size(pattern, tokens)) if masked or not one_origin else ALL
+    if cache is None:
+        layout, p = None, part_size(positions, w)
+        first_at, q_at = at[w:], torch.arange(blocks * w, device=tokens.device)
+        k_table = table(pattern, at - w if one_origin else at[:w] % p, tokens)
+    else:
+        p, start = cache.part_size, (tokens.first // w - 1) * w
+        k_at = start + torch.arange((blocks + 1) * w, device=tokens.device)
+        first_at, q_at, layout = k_at[:, : 2 * w], k_at[:, w:], lay_out(tokens, k_at, w, cache)
+        k_table = table(pattern, tokens.positions if one_origin else tokens.positions % p, tokens)
+    q_at = rearrange(q_at, "... (j w) -> ... j w", w=w)
+    if one_origin:
+        q_table = k_table[:, w:] if cache is None and k_table is not None else table(pattern, q_at, tokens)
+        first_shifts = shifts = None
+    else:
+        q_table = table(pattern, at[:w] % chunk - chunk // 2, tokens)
+        part_at = torch.arange(-w, w, p, device=tokens.device)
+        shifts = shift_tables(pattern, tokens, part_at, w, chunk)
+        first_shifts = shifts if cache is not None else shift_tables(pattern, tokens, part_at[w // p :], w, chunk)
+    first_ids = rest_ids = k_ids = None
+    if ids is not None:
+        ids = pad(ids, (0, blocks * w - n))
+        first_ids, rest_ids, k_ids = ids[:, :w], fold(ids[:, w:], w), windows(ids, w)
+    first_masked = needed or cache is not None or (masked and chunk < w)
+    first = Window(first_at[..., -w:], first_at, first_ids, first_ids, first_masked, None, first_shifts)
+    rest = Window(at[w:], at, rest_ids, k_ids, masked, None, shifts)
+    both = tuple(make_window(pattern, tokens, each, chunk) for each in (first, rest))
+    return Plan(
+        pattern.key, scaled(q_table, pattern, q_at), k_table, both, chunk, p, q_at, layout, plan_writing(tokens, cache)
+    )
+
+
+def plan_token(pattern: Pattern, tokens: Tokens, cache: LayerCache) -> Plan:
+    """One query a row on a cache that holds its key already, in one version of it for each part."""
+    q_at, p, decays = tokens.first, cache.part_size, pattern.positions.decays
+    slot = torch.arange(cache.used(tokens.most), device=tokens.device)
+    k_at = q_at - (q_at - slot) % cache.slots  # of the newest token in each slot, below 0 for none
+    # A part starts where its first slot's token is: the others of its visible tokens came after. A part without a token
+    # in sight may start after the query.
+    versions = (q_at - k_at[:, ::p]).clamp(min=0) if decays else q_at
+    both = table(pattern, torch.cat((versions, q_at % p if decays else q_at), dim=1), tokens)
+    q_table, k_table = (None, None) if both is None else (both[:, :, :-1], both[:, :, -1:])
+    window = make_window(pattern, tokens, Window(q_at, k_at), 1)
+    return Plan(
+        pattern.key, scaled(q_table, pattern, q_at), k_table, (window,), 1, p, writing=plan_writing(tokens, cache)
+    )
+
+
+def plan_writing(tokens: Tokens, cache: LayerCache | None) -> Writing | None:
+    if cache is None:
+        return None
+    last = min(tokens.n, cache.slots)  # more tokens than that would overwrite each other
+    row = torch.arange(tokens.b, device=tokens.device)[:, None]
+    if tokens.count is None:
+        token = torch.arange(tokens.n - last, tokens.n, device=tokens.device)[None]
+        return Writing(row, (tokens.first + token) % cache.slots, None if last == tokens.n else token, None)
+    token = tokens.count[:, None] - last + torch.arange(last, device=tokens.device)
+    return Writing(row, (tokens.first + token) % cache.slots, token.clamp(min=0), token >= 0)
+
+
+def lay_out(tokens: Tokens, at: Tensor, w: int, cache: LayerCache) -> Layout:
+    """Which token stands at positions at (b, ((j + 1) w))."""
+    # Places after a row's last token repeat it: they are hidden from it, and padding may hold anything.
+    token = at - tokens.first
+    token = token.clamp(max=tokens.n - 1) if tokens.count is None else token.minimum(tokens.count[:, None] - 1)
+    return Layout(
+        queries=token[:, w:].clamp(min=0),
+        keys=torch.where(token < 0, at % cache.slots, cache.slots + token),
+        asked=tokens.positions - at[:, w : w + 1],
+    )
+
+
+def make_window(pattern: Pattern, tokens: Tokens, window: Window, chunk: int) -> Window:
+    """The window with its mask, if it is one for all queries and layers: masks of all chunks at once would be n x m."""
+    if not window.masked or window.q_at.shape[-1] > chunk or pattern.learned:
+        return window
+    return replace(window, mask=window.logits(slice(None), slice(None), pattern, tokens.dtype))
+
+
+def table(pattern: Pattern, at: Tensor, tokens: Tokens) -> Tensor | None:
+    """The table for x (..., heads, d) at positions `at`, (rows, ..., 1, i), or None if it changes nothing."""
+    if not any(pattern.positions.rates) and pattern.query_scaling is None:
+        return None
+    return pattern.positions.table(at, at_least_float32(tokens.dtype))[..., None, :]
+
+
+def scaled(table: Tensor | None, pattern: Pattern, q_at: Tensor) -> Tensor | None:
+    """A table for queries at q_at (...), the positions in their sequences, that scales them, too."""
+    if pattern.query_scaling is None or table is None:
+        return table
+    factor = pattern.query_scaling(q_at + 1 - first_seen(q_at, pattern.block_size), table.dtype)[..., None, None]
+    factor = table[2] * factor if len(table) > 2 else factor.expand_as(table[0])
+    return as_table([torch.stack(torch.broadcast_tensors(table[0], table[1], factor))])
+
+
+def shift_tables(pattern: Pattern, tokens: Tokens, part_at: Tensor, n: int, chunk: int) -> tuple[Tensor, ...] | None:
+    """For each chunk of n queries, the table that brings parts (..., j) from their starts to the chunk's middle.
+
+    part_at counts from the first query. Parts later than all queries of a chunk are hidden; held back, they do not
+    overflow.
+    """
+    tables = [
+        table(pattern, part_at.clamp(max=end - 1) - (start + chunk // 2), tokens) for start, end in chunks(n, chunk)
+    ]
+    return tuple(each[..., None, :] for each in tables if each is not None) or None
+
+
+def chunks(n: int, chunk: int) -> list[tuple[int, int]]:
+    """From where to where each chunk of n queries goes."""
+    if n <= chunk:
+        return [(0, n)]
+    starts = [i * chunk for i in range(-(-n // chunk))]  # in a graph this fixes their number, but not n
+    return list(zip(starts, [*starts[1:], n], strict=True))
+
+
+def chunk_size(pattern: Pattern, tokens: Tokens) -> int:
+    return min(pattern.positions.max_span(tokens.dtype), QUERY_CHUNK)
+
+
+def aligned(pattern: Pattern, tokens: Tokens) -> bool:
+    """Whether `attend` needs no mask for queries that end where their keys do: flash attention is at hand."""
+    if tokens.device.type != "cuda" or tokens.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    head_dim = 2 * len(pattern.positions.rates)
+    return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(tokens.device)[0] >= 8
+
+
+def block_count(n: int, w: int, cached: bool) -> int:
+    """Blocks of w tokens that n of them are cut into; from a cache, that they can touch wherever they begin.
+
+    A graph for any length takes a block too many: else there would be one graph more.
+    """
+    if cached:
+        return (n + 2 * w - 2) // w + torch.compiler.is_compiling()
+    return n // w + 1 - known(n % w == 0)
+
+
+def known(condition: bool) -> bool:
+    """Whether the condition holds; in a graph for any length, whether it holds for all."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # a third of a second, for a compiler only
+
+    return statically_known_true(condition)
+
+
+def fold(t: Tensor, w: int) -> Tensor:
+    """(b, n, ...) to (b j, w, ...): each block a batch row of its own."""
+    return rearrange(t, "b (j w) ... -> (b j) w ...", w=w)
+
+
+def windows(t: Tensor, w: int) -> Tensor:
+    """Of each block but the first, it and the block before it: (b, n, ...) to (b (j-1), 2 w, ...)."""
+    return torch.cat((fold(t[:, :-w], w), fold(t[:, w:], w)), dim=1)
