@@ -24,6 +24,7 @@ from reference import (
     scores,
     zeta,
 )
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from xpos_zoo import XPOS
 from xpos_zoo.rotary import RotaryEmbedding
@@ -291,6 +292,14 @@ def test_outputs_may_be_changed_in_place_mapped_and_differentiated_forward():
     xpos, x = XPOS(8), x.detach()
     assert torch.equal(torch.func.vmap(xpos)(x), xpos(x))
     assert torch.equal(torch.func.jvp(xpos, (x,), (2 * x,))[1], 2 * xpos(x))
+
+
+def test_an_average_of_modules_has_the_angles_of_each():
+    average = AveragedModel(XPOS(8), multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(20):
+        average.update_parameters(XPOS(8))
+    x = normal(0, 2, 50, 8)
+    assert torch.equal(average(x, 1_000_000), XPOS(8)(x, 1_000_000))
 
 
 def test_numbers_of_other_types_are_integers_too():

@@ -150,7 +150,6 @@ def fixed_pos_embedding(x: Tensor) -> tuple[Tensor, Tensor]:
     return sin, cos
 
 
-@torch.compiler.assume_constant_result
 def column_turns(dim: int) -> list[int]:
     """Of columns with frequencies 10000^(-j/dim): those of a head of 2 * dim channels."""
     return as_turns(rotary_rates(2 * dim))
@@ -239,8 +238,8 @@ class PositionModule(nn.Module):
     def __init__(self, rates: Sequence[complex], interleaved: bool = True):
         super().__init__()
         self.interleaved = interleaved
-        # Never on the meta device, from which nothing would bring it back.
-        self.register_buffer("increments", torch.empty(0, dtype=torch.int64, device="cpu"), persistent=False)
+        # No buffer, for averages of weights take these in; never on the meta device, from where nothing brings it back.
+        self.increments = torch.empty(0, dtype=torch.int64, device="cpu")
         self.rates = rates
 
     @property
@@ -263,15 +262,16 @@ class PositionModule(nn.Module):
 
     def _renew(self) -> None:
         exponents = [rate.real / math.log(2) for rate in self.rates]
-        words = [
-            as_turns(self.rates),
-            [round(exponent * 2**self._point) for exponent in exponents],
-            [struct.unpack("q", struct.pack("d", exponent))[0] for exponent in exponents],
-        ]
+        # In one row, for a compiler might take a dimension of 3 to be one of x.
+        words = as_turns(self.rates)
+        words += [round(exponent * 2**self._point) for exponent in exponents]
+        words += [struct.unpack("q", struct.pack("d", exponent))[0] for exponent in exponents]
         self.increments = torch.tensor(words, dtype=torch.int64, device=self.increments.device)
 
     def _apply(self, fn, recurse=True):  # the one place that all of .to(), .half(), .to_empty() come through
         super()._apply(fn, recurse)
+        moved = fn(self.increments)
+        self.increments = self.increments if moved.is_meta else moved
         self._renew()
         return self
 
@@ -281,7 +281,7 @@ class PositionModule(nn.Module):
         Rows are cosine and sine, and, if the encoding decays, the factors of queries and of keys; these are taken at
         `exponents` if they are given, which broadcast against positions.
         """
-        turns, decay, decay_bits = self.increments.to(positions.device).unbind()
+        turns, decay, decay_bits = self.increments.to(positions.device).view(3, -1).unbind()
         rows = [cos_and_sin(positions, turns, dtype)]
         if self.decays:
             sign = 1 - 2 * torch.arange(2, device=positions.device).view(2, *[1] * positions.ndim, 1)

@@ -73,11 +73,11 @@ def each_layer(name: str, value: Any, num_layers: int) -> list[Any]:
     Raises:
         ValueError: a list of another length.
     """
-    if not isinstance(value, list):
+    if not isinstance(value, (list, tuple)):
         return [value] * num_layers
     if len(value) != num_layers:
         raise ValueError(f"{name} must be one for all layers or a list of {num_layers}, got a list of {len(value)}")
-    return value
+    return list(value)
 
 
 def setting(name: str, what: str) -> Any:
