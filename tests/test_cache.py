@@ -48,7 +48,7 @@ def in_pieces(
         pattern = Pattern(positions, cache[0].block_size, None, bias)
         plan = make_plan(pattern, tokens, cache[0])
         outputs.append(attend(new_q, new_k, new_v, plan, pattern, cache[0]))
-        cache.advance(n, None, [plan.later])
+        cache.advance(n, None)
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
 

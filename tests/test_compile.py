@@ -5,6 +5,8 @@ Each mode is warmed first; then 30 shapes must do with the graphs that there are
 
 import contextlib
 import copy
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -285,3 +287,14 @@ def test_an_exported_and_packaged_block_gives_the_same_numbers(block_size, tmp_p
     for (x,) in inputs(16, (shortest, 24, 40, 57, 256), grad=False):
         assert relative_error(program.module()(x), module(x)) <= 100 * roundoff(torch.float32)
         assert relative_error(loaded(x), module(x)) <= 100 * roundoff(torch.float32)
+    # They need nothing of ours to load.
+    torch.export.save(program, tmp_path / "block.program")
+    script = (
+        "import sys, torch; x = torch.ones(2, 40, 16); "
+        "one = torch.export.load(sys.argv[1] + '/block.program').module()(x); "
+        "other = torch._inductor.aoti_load_package(sys.argv[1] + '/block.pt2')(x); "
+        "assert 'xpos_zoo' not in sys.modules; torch.save((one, other), sys.argv[1] + '/outputs')"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
+    for output in torch.load(tmp_path / "outputs"):
+        assert relative_error(output, module(torch.ones(2, 40, 16))) <= 100 * roundoff(torch.float32)

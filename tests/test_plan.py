@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import document_ids, normal, visible, within_documents
 from torch import Tensor
+from torch.distributed.utils import _apply_to_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -151,6 +152,47 @@ def test_a_forward_that_raises_leaves_the_cache_as_it_was(sizes, block_size):
         assert torch.equal(transformer(piece, cache), transformer(piece, untouched))
 
 
+def test_logits_that_do_not_fit_into_memory_leave_the_cache_as_it_was():
+    transformer, words = model(block_size=8).requires_grad_(False), tokens(2, 30)
+    cache, fresh = transformer.make_cache(2), transformer.make_cache(2)
+
+    def fail(*_):
+        raise MemoryError
+
+    hook = transformer.head.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        transformer(words, cache)
+    hook.remove()
+    assert cache.length.tolist() == [0, 0]
+    for piece in (words[:, :0], words):  # an empty one does not bring back what was kept
+        assert torch.equal(transformer(piece, cache), transformer(piece, fresh))
+
+
+def test_what_was_no_number_is_gone_after_a_reset():
+    block, x = MultiHeadAttention(32, 4).requires_grad_(False), normal(0, 2, 20, 32)
+    cache = block.make_cache(2, 20)
+    block(x * torch.nan, cache)
+    cache.reset()
+    assert block(x[:, :5], cache).isfinite().all()
+
+
+def test_a_step_in_which_no_row_counts_changes_nothing():
+    block, x = MultiHeadAttention(32, 4).requires_grad_(False), normal(0, 2, 1, 32)
+    cache = block.make_cache(2, 9)
+    assert block(x, cache, torch.tensor([0, 0])).isfinite().all()
+    assert torch.equal(block(x, cache), block(x, block.make_cache(2, 9)))
+
+
+def test_mixed_precision_that_casts_arguments_leaves_a_plan_alone():
+    """FSDP2's, with torch's own function for it."""
+    (plan,) = plan_layers([MultiHeadAttention(32, 4)], torch.zeros(2, 30, 32), None, None, None)
+    assert plan.q_table is not None
+    table = plan.q_table.clone()
+    (cast,) = _apply_to_tensors(lambda t: t.half() if t.is_floating_point() else t, (plan,))
+    assert cast.q_table.dtype == torch.float32
+    assert torch.equal(cast.q_table, table)
+
+
 # Layers that differ
 
 
@@ -197,6 +239,16 @@ def test_each_layer_of_a_hybrid_attends_in_its_own_way():
         (
             lambda: setattr(model(2), "query_scaling", []),
             "query_scaling must be one for all layers or a list of 2, got a list of 0",
+        ),
+        (
+            lambda: model(2, positions=XPOS)(
+                tokens(2, 5), model(2, positions=partial(XPOS, scale_base=2)).make_cache(2, 9)
+            ),
+            "cache must have the parts of 9 keys of these positions, got 1",
+        ),
+        (
+            lambda: MultiHeadAttention(32, 4)(torch.zeros(2, 5, 32), MultiHeadAttention(32, 4).make_cache(2, 9)[0]),
+            "cache must be one of make_cache, got LayerCache",
         ),
         (lambda: XPOS(8, max_wavelength=6), "max_wavelength must leave a pair: at least 6.283, got 6"),
         (lambda: XPOS(8, max_wavelength=-1), "max_wavelength must be above 0, or None for all pairs, got -1"),

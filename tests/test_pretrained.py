@@ -129,6 +129,10 @@ def test_what_the_library_cannot_make_again_is_not_saved(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="distance_bias must be SoftTail to be saved, got function"):
         model.save_pretrained(tmp_path / "model")
     model = make()
+    model.attentions[1].positions.rates = RotaryEmbedding(8).rates
+    with pytest.raises(ValueError, match="positions must have the rates of their options to be saved"):
+        model.save_pretrained(tmp_path / "model")
+    model = make()
     model.attentions[1].dropout = 0.5
     with pytest.raises(ValueError, match=r"dropout must be the same in all layers, got 0\.0 and 0\.5"):
         model.save_pretrained(tmp_path / "model")

@@ -277,7 +277,7 @@ x, table = torch.zeros(2, 5, 8), torch.zeros(5, 4)
         ),
         (
             lambda: apply_rotary_pos_emb(x, table, table, table[:, :3]),
-            "scale must be 4 or 8 wide for x of width 8, got (5, 3)",
+            "scale must be 1 or 4 or 8 wide for x of width 8, got (5, 3)",
         ),
         (lambda: apply_rotary_pos_emb(x, table[:4], table), "sin must have 5 rows, one for each of x's, got (4, 4)"),
         (lambda: apply_rotary_pos_emb(x, table, table[:4]), "cos must have 5 rows, one for each of x's, got (4, 4)"),

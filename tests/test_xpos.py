@@ -250,6 +250,20 @@ def test_a_module_made_on_the_meta_device_computes_as_a_fresh_one(saved_as):
     assert torch.equal(xpos.scale, XPOS(8).scale)
 
 
+def test_a_state_dict_loads_whatever_the_default_dtype_and_device_are():
+    state = XPOS(8).state_dict()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        XPOS(8).load_state_dict(state)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        xpos = XPOS(8)
+        xpos.load_state_dict(state, assign=True)
+    x = normal(0, 2, 50, 8)
+    assert torch.equal(xpos(x), XPOS(8)(x))
+
+
 def test_a_torchscale_state_dict_loads():
     theirs = torch.nn.Module()
     theirs.register_buffer("scale", (torch.arange(0, 64, 2) + 0.4 * 64) / (1.4 * 64))

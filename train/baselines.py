@@ -25,7 +25,7 @@ class ALiBi(NoPositions):
     """Attention with linear biases (Press et al. 2022): head h's logits fall by slope_h a position of distance.
 
     Args:
-        head_dim: channels of a head; any.
+        head_dim: channels of a head; even.
         num_heads: query heads. An attribute, too: `LanguageModel` sets it to its own.
 
     Raises:

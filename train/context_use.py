@@ -178,8 +178,8 @@ def mean_logits(attention: MultiHeadAttention, x: Tensor) -> Tensor:
         turned = attention.positions.rotate(q[..., start:end, :], k[..., :end, :], q_at, k_at, (start + end) // 2)
         logits = turned[0] @ turned[1].mT / attention.head_dim**0.5
         distance = q_at[:, None] - k_at
-        if attention.pattern.biased:
-            logits = logits + attention.pattern.bias(distance)
+        for bias in attention.pattern.biases:
+            logits = logits + bias(distance)
         visible = sees(q_at, k_at, attention.block_size)
         sums.index_add_(1, distance[visible], logits.double().mean(0)[:, visible])
         counts += torch.bincount(distance[visible], minlength=n)

@@ -48,6 +48,7 @@ def attend(
     if cache is None:
         k = rotated(k, plan.k_table, inverse=True)
     else:
+        assert plan.writing is not None
         cache.write(k, v, plan.writing)
         s = plan.windows[0].k_at.shape[-1]
         k, v = (rearrange(t[:, :, :s], "b g s d -> b s g d") for t in (cache.k, cache.v))
@@ -65,6 +66,7 @@ def attend_blocks(
     if cache is None or layout is None:
         q, k, v = (pad(t, (0, 0, 0, 0, 0, j * w - n)) for t in (q, k, v))
     else:
+        assert plan.writing is not None
         cache.write(k, v, plan.writing, later=True)
         k, v = (
             gathered(torch.cat((rearrange(kept, "b g s d -> b s g d"), new), dim=1), layout.keys)
@@ -110,7 +112,7 @@ def attend_window(
         keys = slice(0, m if window.q_at.ndim > 1 else m - n + end)
         seen = k[:, keys]
         if window.shifts is not None:
-            seen = shifted(k, window.shifts[i], plan.part, pattern)[:, keys]
+            seen = shifted(seen, window.shifts[i], plan.part, pattern)
         mask = window.mask
         if window.masked and mask is None:
             mask = window.logits(rows, keys, pattern, q.dtype)
@@ -122,8 +124,9 @@ def shifted(k: Tensor, table: Tensor, p: int, pattern: Pattern) -> Tensor:
     """Keys (b, m, g, d), rotated relative to the starts of their parts of p, rotated on by a factor for each part."""
     m = k.shape[1]
     k = k if known(m % p == 0) else pad(k, (0, 0, 0, 0, 0, -m % p))
-    parts = rearrange(k, "b (j p) g d -> b j p g d", p=p)[:, : table.shape[-4]]
-    return rearrange(pattern.positions.rotated(parts, table, inverse=True), "b j p g d -> b (j p) g d")[:, :m]
+    parts = rearrange(k, "b (j p) g d -> b j p g d", p=p)
+    turned = pattern.positions.rotated(parts, table[..., : parts.shape[1], :, :, :], inverse=True)
+    return rearrange(turned, "b j p g d -> b (j p) g d")[:, :m]
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
@@ -143,6 +146,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop
         grouped = False
     # Not cuDNN, which takes a hidden score for -65504: xPos gives less far in the future (pytorch #177842).
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    mask = mask.to(q.dtype) if mask is not None and cuda else mask  # the plan's may be of another layer's dtype
     # Autocast would round the mask.
     with sdpa_kernel(backends) if cuda else nullcontext(), torch.autocast(q.device.type, enabled=False):
         out = scaled_dot_product_attention(
@@ -169,7 +173,7 @@ def attend_parts(q: Tensor, k: Tensor, v: Tensor, plan: Plan, pattern: Pattern) 
 def products(versions: Tensor, keys: Tensor) -> Tensor:
     """Products of queries (b, g, j, r, d) and keys (b, g, j, p, d), (b, g, j, r, p), in float32 at least.
 
-    Keys in half precision are read as they are, once, and never copied to float32 as a whole.
+    Keys in half precision are never copied to float32 as a whole.
     """
     dtype = at_least_float32(keys.dtype)
     if keys.dtype == dtype:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from xpos_zoo.attend import attend
 from xpos_zoo.bias import DistanceBias, LogNScaling
-from xpos_zoo.cache import KeyValueCache, LayerCache
+from xpos_zoo.cache import KeyValueCache, LayerCache, part_size
 from xpos_zoo.checks import as_size, require_integers, require_sizes
-from xpos_zoo.plan import Pattern, Plan, Tokens, make_plan
+from xpos_zoo.plan import Pattern, Plan, Tokens, make_plan, precision
 from xpos_zoo.rotary import PositionModule
 from xpos_zoo.xpos import XPOS
 
@@ -46,6 +46,8 @@ class MultiHeadAttention(nn.Module):
         ValueError: for a size that is not positive or does not divide as said.
     """
 
+    block_size: int | None
+    query_scaling: LogNScaling | None
     distance_bias: DistanceBias | None
 
     def __init__(
@@ -71,7 +73,7 @@ class MultiHeadAttention(nn.Module):
                     f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}; or give head_dim"
                 )
             head_dim = embed_dim // num_heads
-        require_sizes(head_dim=head_dim)
+        head_dim = as_size("head_dim", head_dim, "even and above 0", even=True)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.embed_dim = embed_dim
@@ -92,26 +94,11 @@ class MultiHeadAttention(nn.Module):
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
 
-    @property
-    def block_size(self) -> int | None:
-        return self._block_size
-
-    @block_size.setter
-    def block_size(self, value: int | None) -> None:
-        said = "above 0 and an integer, or None for dense attention"
-        self._block_size = None if value is None else as_size("block_size", value, said)
-
-    @property
-    def query_scaling(self) -> LogNScaling | None:
-        return self._query_scaling
-
-    @query_scaling.setter
-    def query_scaling(self, value: LogNScaling | None) -> None:
-        if value is not None and not isinstance(value, LogNScaling):
-            raise ValueError(f"query_scaling must be a LogNScaling or None, got {value!r}")
-        self._query_scaling = value
-
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "block_size" and value is not None:
+            value = as_size("block_size", value, "above 0 and an integer, or None for dense attention")
+        if name == "query_scaling" and not (value is None or isinstance(value, LogNScaling)):
+            raise ValueError(f"query_scaling must be a LogNScaling or None, got {value!r}")
         if name == "distance_bias":
             if value is not None and not callable(value):
                 raise ValueError(f"distance_bias must be callable, such as a SoftTail, or None, got {value!r}")
@@ -200,22 +187,23 @@ class MultiHeadAttention(nn.Module):
                 device, which ends its use).
         """
         if plan is not None:
-            assert cache is None or isinstance(cache, LayerCache)
-            return self._attend(x, plan, cache)
-        assert cache is None or isinstance(cache, KeyValueCache)
+            return self._attend(x, plan, cache)  # type: ignore[arg-type]
+        if cache is not None and not isinstance(cache, KeyValueCache):
+            raise ValueError(f"cache must be one of make_cache, got {type(cache).__name__}")
         self._check(x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             plans = plan_layers([self], x, cache, lengths, document_ids)
             output = self._attend(x, plans[0], None if cache is None else cache[0])
             if cache is not None:
-                cache.advance(x.shape[1], lengths, [plan.later for plan in plans])
+                cache.advance(x.shape[1], lengths)
         return output
 
     def _attend(self, x: Tensor, plan: Plan, cache: LayerCache | None) -> Tensor:
         pattern = self.pattern
-        if pattern.key != plan.key:
-            raise ValueError(f"plan must be made for {pattern.key[1:]} and these rates, got one for {plan.key[1:]}")
         q = rearrange(self.q_proj(x), "b n (h d) -> b n h d", d=self.head_dim)
+        key = (*pattern.key, precision(q.dtype))
+        if key != plan.key:
+            raise ValueError(f"plan must be made for {key[1:]} and these rates, got one for {plan.key[1:]}")
         k = rearrange(self.k_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
         v = rearrange(self.v_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
         if cache is not None and k.dtype != cache.k.dtype:
@@ -254,7 +242,8 @@ def plan_layers(
         raise ValueError("lengths must be None without a cache: causal attention never sees right padding")
     if cache is not None:
         check_cache(layers, cache, b)
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    known = torch.amp.is_autocast_available(x.device.type)  # the meta device is not
+    autocast = known and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     tokens = Tokens(
         b,
         n,
@@ -268,7 +257,7 @@ def plan_layers(
     plans: list[Plan] = []
     for i, layer in enumerate(layers):
         pattern = layer.pattern
-        made = next((plan for plan in plans if plan.key == pattern.key), None)
+        made = next((plan for plan in plans if plan.key[:-1] == pattern.key), None)
         plans.append(made or make_plan(pattern, tokens, None if cache is None else cache[i]))
     return plans
 
@@ -280,6 +269,9 @@ def check_cache(layers: list[MultiHeadAttention], cache: KeyValueCache, batch_si
         assert isinstance(own, LayerCache)
         if own.block_size != layer.block_size:
             raise ValueError(f"cache must be made for block_size={layer.block_size}, got one for {own.block_size}")
+        parts = min(part_size(layer.positions, layer.block_size), own.slots)
+        if own.part_size != parts:
+            raise ValueError(f"cache must have the parts of {parts} keys of these positions, got {own.part_size}")
         kept = own.k.shape
         if (kept[0], kept[1], kept[3]) != (batch_size, layer.num_kv_heads, layer.head_dim):
             raise ValueError(

@@ -82,7 +82,7 @@ class LayerCache(nn.Module):
         for name in ("k", "v"):
             zeros = torch.zeros(batch_size, num_kv_heads, self.slots, head_dim, dtype=dtype, device=device)
             self.register_buffer(name, zeros)
-        self._later: tuple[Tensor, Tensor] | None = None
+        self._later: tuple[Writing, Tensor, Tensor] | None = None
 
     def extra_repr(self) -> str:
         return f"k={tuple(self.k.shape)} {self.k.dtype}, block_size={self.block_size}"
@@ -96,31 +96,34 @@ class LayerCache(nn.Module):
 
     def used(self, most: int | None) -> int:
         """How many slots to look at if no row has more than `most` tokens, in whole parts; all if that is not known."""
-        return self.slots if most is None else min(self.slots, -(-most // self.part_size) * self.part_size)
+        return self.slots if most is None else min(self.slots, -(-max(most, 1) // self.part_size) * self.part_size)
 
-    def write(self, k: Tensor, v: Tensor, writing: Writing | None, later: bool = False) -> None:
+    def write(self, k: Tensor, v: Tensor, writing: Writing, later: bool = False) -> None:
         """Write new keys, rotated within their parts, and values (b, n, g, d); `later` means when `commit` is called.
 
         What blocks overwrite is in sight until then, for whoever repeats a forward that failed. What dense attention
         writes is beyond `length`, and in nobody's sight.
         """
-        assert writing is not None
         if writing.token is not None:
             k, v = k[writing.row, writing.token], v[writing.row, writing.token]
         if writing.kept is not None:
             kept = writing.kept[..., None, None]
             k = torch.where(kept, k, self.k[writing.row, :, writing.slot])
             v = torch.where(kept, v, self.v[writing.row, :, writing.slot])
-        if later:
-            self._later = k, v
-        else:
+        self._later = (writing, k, v)
+        if not later:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write what was kept for later."""
+        if self._later is not None:
+            writing, k, v = self._later
             self.k[writing.row, :, writing.slot] = k
             self.v[writing.row, :, writing.slot] = v
+            self._later = None
 
-    def commit(self, writing: Writing | None) -> None:
-        """Write what was kept for later, if this forward keeps anything."""
-        if writing is not None and self._later is not None:
-            self.k[writing.row, :, writing.slot], self.v[writing.row, :, writing.slot] = self._later
+    def drop(self) -> None:
+        """Forget what was kept for later."""
         self._later = None
 
 
@@ -153,8 +156,9 @@ class KeyValueCache(nn.Module):
         return f"max_length={self.max_length}"
 
     def reset(self) -> None:
-        """Forget all tokens."""
-        self.length.zero_()
+        """Forget all tokens, and whatever they left: what is not a number would spoil even what hides it."""
+        for buffer in self.buffers():
+            buffer.zero_()
 
     def select(self, rows: Tensor) -> "KeyValueCache":
         """A new cache with copies of these rows, in this order: to fork, reorder or drop rows (beam search).
@@ -178,6 +182,8 @@ class KeyValueCache(nn.Module):
         Raises:
             ValueError: lengths are not between 0 and n, or the tokens do not fit; in a graph a RuntimeError.
         """
+        for layer in self.layers:
+            layer.drop()  # type: ignore[operator]  # of a forward that failed
         if lengths is not None:
             require_integers("lengths", lengths, self.length.shape)
         total = self.length + (n if lengths is None else lengths)
@@ -201,8 +207,8 @@ class KeyValueCache(nn.Module):
             )
         return most
 
-    def advance(self, n: int, lengths: Tensor | None, writings: Iterable[Writing | None]) -> None:
-        """Count the tokens of a forward that is done; `writings` is what layers have kept for later."""
-        for layer, writing in zip(self.layers, writings, strict=True):
-            layer.commit(writing)  # type: ignore[operator]
+    def advance(self, n: int, lengths: Tensor | None) -> None:
+        """Count the tokens of a forward that is done."""
+        for layer in self.layers:
+            layer.commit()  # type: ignore[operator]
         self.length += n if lengths is None else lengths

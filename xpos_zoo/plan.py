@@ -53,19 +53,15 @@ class Pattern:
         return positions.rates, positions.interleaved, own, self.block_size, self.query_scaling, self.distance_bias
 
     @property
-    def biased(self) -> bool:
-        return self.distance_bias is not None or hasattr(self.positions, "distance_bias")
+    def biases(self) -> list[DistanceBias]:
+        """Those of the layer and of its position module, if they have one."""
+        both = (self.distance_bias, getattr(self.positions, "distance_bias", None))
+        return [bias for bias in both if bias is not None]
 
     @property
     def learned(self) -> bool:
-        """Whether the bias may have parameters, which belong to a layer: then each layer evaluates it."""
-        return isinstance(self.distance_bias, nn.Module)
-
-    def bias(self, distance: Tensor) -> Tensor:
-        """What is added to logits at a distance (..., n, m): by the position module and by `distance_bias`."""
-        biases = [self.distance_bias, getattr(self.positions, "distance_bias", None)]
-        first, *more = [bias(distance) for bias in biases if bias is not None]
-        return first + more[0] if more else first
+        """Whether a bias may have parameters, which belong to a layer: then each layer evaluates it."""
+        return isinstance(self.distance_bias, nn.Module) or any(True for _ in self.positions.parameters())
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,7 @@ class Window:
         )
         seen = sees(q_at, k_at, pattern.block_size, *ids)
         distance = q_at[..., None] - k_at[..., None, :]
-        bias = pattern.bias(with_heads(distance)) if pattern.biased else torch.zeros((), device=q_at.device)
+        bias = sum((bias(with_heads(distance)) for bias in pattern.biases), torch.zeros((), device=q_at.device))
         # On the CPU it may be more precise than q. CUDA's memory-efficient kernel wants q's dtype, so that there a bias
         # is rounded: one of 10 by up to 0.03 in bfloat16, 0.004 in float16.
         dtype = dtype if q_at.device.type == "cuda" else at_least_float32(dtype)
@@ -157,54 +153,59 @@ class Layout:
     asked: Tensor
 
 
-@dataclass(frozen=True, eq=False)
 class Plan:
-    """How layers of one pattern attend in this forward.
+    """How layers of one pattern attend in this forward. Not to be changed.
 
-    A dataclass and not a tuple: FSDP2's mixed precision casts the tensors of a tuple, and would round the tables.
+    Neither a tuple nor a dataclass: FSDP2's mixed precision casts the tensors in these, and would round the tables.
 
-    Attributes:
-        key: of the pattern.
+    Args:
         q_table, k_table: of `PositionModule.table`, (rows, ..., 1, i); None if nothing is rotated. With a cache k_table
             is for new keys, relative to the starts of their parts.
         windows: one; or that of the first block, and that of all others, which are batch rows.
-        chunk: queries at a time. part: keys that share an origin.
+        chunk: queries at a time.
+        part: keys that share an origin.
         blocks: positions of the queries if they are cut into blocks, (..., j, w).
         layout: of blocks from a cache.
         writing: with a cache.
+
+    `key` tells for which layers: it is their pattern's, and the precision.
     """
 
     key: tuple[Any, ...]
-    q_table: Tensor | None
-    k_table: Tensor | None
-    windows: tuple[Window, ...]
-    chunk: int = QUERY_CHUNK
-    part: int = 1
-    blocks: Tensor | None = None
-    layout: Layout | None = None
-    writing: Writing | None = None
 
-    @property
-    def later(self) -> Writing | None:
-        """What is written only at the end of the forward: see `LayerCache.write`."""
-        return None if self.layout is None else self.writing
+    def __init__(
+        self,
+        q_table: Tensor | None,
+        k_table: Tensor | None,
+        windows: tuple[Window, ...],
+        chunk: int,
+        part: int,
+        blocks: Tensor | None = None,
+        layout: Layout | None = None,
+        writing: Writing | None = None,
+    ):
+        self.q_table, self.k_table, self.windows = q_table, k_table, windows
+        self.chunk, self.part, self.blocks, self.layout, self.writing = chunk, part, blocks, layout, writing
 
 
 def make_plan(pattern: Pattern, tokens: Tokens, cache: LayerCache | None = None) -> Plan:
     """The plan for those tokens, with the cache of one of the layers if they have one."""
     w = pattern.block_size
     if cache is not None and tokens.n == 1:
-        return plan_token(pattern, tokens, cache)
-    if w is not None and (cache is not None or tokens.n > 2 * w):  # in up to two blocks, every query sees all before it
-        return plan_blocks(pattern, tokens, w, cache)
-    return plan_sequence(pattern, tokens, cache)
+        plan = plan_token(pattern, tokens, cache)
+    elif w is not None and (cache is not None or tokens.n > 2 * w):
+        plan = plan_blocks(pattern, tokens, w, cache)
+    else:  # in up to two blocks, every query sees all before it
+        plan = plan_sequence(pattern, tokens, cache)
+    plan.key = (*pattern.key, precision(tokens.dtype))
+    return plan
 
 
 def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) -> Plan:
     """Queries on all keys before them, their own or those of a cache."""
     n, positions, ids = tokens.n, pattern.positions, tokens.document_ids
     at = torch.arange(n, device=tokens.device)
-    masked = pattern.biased or ids is not None or cache is not None
+    masked = bool(pattern.biases) or ids is not None or cache is not None
     if cache is None:
         q_at, k_at, p, first = at, at, part_size(positions), at[:1] * 0
     else:
@@ -224,14 +225,14 @@ def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) ->
         part_at = torch.arange(0, k_at.shape[-1], p, device=tokens.device)
         shifts = shift_tables(pattern, tokens, part_at - first, n, chunk)
     window = make_window(pattern, tokens, Window(q_at, k_at, ids, ids, masked, None, shifts), chunk)
-    return Plan(pattern.key, q_table, k_table, (window,), chunk, p, writing=plan_writing(tokens, cache))
+    return Plan(q_table, k_table, (window,), chunk, p, writing=plan_writing(tokens, cache))
 
 
 def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | None) -> Plan:
     """Blocks as batch rows, each on itself and the block before it; the first apart, for it may have none before it."""
     n, positions, ids = tokens.n, pattern.positions, tokens.document_ids
     blocks, at = block_count(n, w, cache is not None), torch.arange(2 * w, device=tokens.device)
-    needed = pattern.biased or ids is not None
+    needed = bool(pattern.biases) or ids is not None
     masked = needed or not aligned(pattern, tokens)
     one_origin = not positions.decays or (cache is None and 2 * w <= positions.max_span(tokens.dtype))
     chunk = min(w, QUERY_CHUNK if one_origin else chunk_size(pattern, tokens)) if masked or not one_origin else ALL
@@ -261,9 +262,8 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
     first = Window(first_at[..., -w:], first_at, first_ids, first_ids, first_masked, None, first_shifts)
     rest = Window(at[w:], at, rest_ids, k_ids, masked, None, shifts)
     both = tuple(make_window(pattern, tokens, each, chunk) for each in (first, rest))
-    return Plan(
-        pattern.key, scaled(q_table, pattern, q_at), k_table, both, chunk, p, q_at, layout, plan_writing(tokens, cache)
-    )
+    q_table = scaled(q_table, pattern, q_at)
+    return Plan(q_table, k_table, both, chunk, p, q_at, layout, plan_writing(tokens, cache))
 
 
 def plan_token(pattern: Pattern, tokens: Tokens, cache: LayerCache) -> Plan:
@@ -277,9 +277,8 @@ def plan_token(pattern: Pattern, tokens: Tokens, cache: LayerCache) -> Plan:
     both = table(pattern, torch.cat((versions, q_at % p if decays else q_at), dim=1), tokens)
     q_table, k_table = (None, None) if both is None else (both[:, :, :-1], both[:, :, -1:])
     window = make_window(pattern, tokens, Window(q_at, k_at), 1)
-    return Plan(
-        pattern.key, scaled(q_table, pattern, q_at), k_table, (window,), 1, p, writing=plan_writing(tokens, cache)
-    )
+    q_table = scaled(q_table, pattern, q_at)
+    return Plan(q_table, k_table, (window,), 1, p, writing=plan_writing(tokens, cache))
 
 
 def plan_writing(tokens: Tokens, cache: LayerCache | None) -> Writing | None:
@@ -325,7 +324,7 @@ def scaled(table: Tensor | None, pattern: Pattern, q_at: Tensor) -> Tensor | Non
     if pattern.query_scaling is None or table is None:
         return table
     factor = pattern.query_scaling(q_at + 1 - first_seen(q_at, pattern.block_size), table.dtype)[..., None, None]
-    factor = table[2] * factor if len(table) > 2 else factor.expand_as(table[0])
+    factor = table[2] * factor if len(table) > 2 else factor
     return as_table([torch.stack(torch.broadcast_tensors(table[0], table[1], factor))])
 
 
@@ -353,12 +352,21 @@ def chunk_size(pattern: Pattern, tokens: Tokens) -> int:
     return min(pattern.positions.max_span(tokens.dtype), QUERY_CHUNK)
 
 
+def precision(dtype: torch.dtype) -> torch.dtype | None:
+    """What a plan depends on of the dtype of q and k: bfloat16 and float32 may share one."""
+    return dtype if dtype in (torch.float16, torch.float64) else None
+
+
 def aligned(pattern: Pattern, tokens: Tokens) -> bool:
-    """Whether `attend` needs no mask for queries that end where their keys do: flash attention is at hand."""
+    """Whether `attend` needs no mask for queries that end where their keys do: flash attention is at hand.
+
+    For the head dimensions that every GPU from compute capability 8 on can differentiate, and batches that fit a grid.
+    """
     if tokens.device.type != "cuda" or tokens.dtype not in (torch.bfloat16, torch.float16):
         return False
-    head_dim = 2 * len(pattern.positions.rates)
-    return head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability(tokens.device)[0] >= 8
+    head_dim, batch = 2 * len(pattern.positions.rates), tokens.b * (1 + tokens.n // (pattern.block_size or tokens.n))
+    fits = head_dim % 8 == 0 and head_dim <= 192 and batch < 2**16
+    return fits and torch.version.hip is None and torch.cuda.get_device_properties(tokens.device).major >= 8
 
 
 def block_count(n: int, w: int, cached: bool) -> int:

@@ -42,9 +42,12 @@ def describe(kind: str, thing: Any) -> dict[str, Any] | None:
         return None
     name = type(thing).__name__
     known, options = KNOWN[kind].get(name, (None, ()))
-    if type(thing) is not known:
+    if known is None or type(thing) is not known:
         raise ValueError(f"{kind} must be {' or '.join(KNOWN[kind])} to be saved, got {name}")
-    return {"name": name} | {option: getattr(thing, option) for option in options}
+    given = {option: getattr(thing, option) for option in options}
+    if kind == "positions" and known(thing.head_dim, **given).rates != thing.rates:
+        raise ValueError(f"positions must have the rates of their options to be saved, got {thing} with others")
+    return {"name": name} | given
 
 
 def described(kind: str, description: Any) -> Any:

@@ -199,7 +199,8 @@ def apply_rotary_pos_emb(x: Tensor, sin: Tensor, cos: Tensor, scale: float | Ten
         seq_len, dim = x.shape[-2:]
         widths = (1, dim // 2, dim) if name == "scale" else (dim // 2, dim)
         if table.ndim < 1 or table.shape[-1] not in widths:
-            raise ValueError(f"{name} must be {dim // 2} or {dim} wide for x of width {dim}, got {tuple(table.shape)}")
+            allowed = " or ".join(map(str, widths))
+            raise ValueError(f"{name} must be {allowed} wide for x of width {dim}, got {tuple(table.shape)}")
         if table.ndim > 1 and table.shape[-2] not in (1, seq_len):
             raise ValueError(f"{name} must have {seq_len} rows, one for each of x's, got {tuple(table.shape)}")
         if table.ndim > x.ndim or any(
@@ -239,7 +240,8 @@ class PositionModule(nn.Module):
         super().__init__()
         self.interleaved = interleaved
         # No buffer, for averages of weights take these in; never on the meta device, from where nothing brings it back.
-        self.increments = torch.empty(0, dtype=torch.int64, device="cpu")
+        increments = torch.empty(0, dtype=torch.int64)
+        self.increments = increments.new_empty(0, device="cpu") if increments.is_meta else increments
         self.rates = rates
 
     @property
@@ -257,7 +259,7 @@ class PositionModule(nn.Module):
         self.decays = bits > 0
         self._spans = [max(1, int(2 * most / bits)) if bits else sys.maxsize for most in (4, 32)]
         # Exponents of 2^32 positions fit an int64, and those within a span are exact to 2^-26.
-        self._point = min(60, 30 - math.frexp(bits)[1])
+        self._point = max(0, min(60, 30 - math.frexp(bits)[1]))
         self._renew()
 
     def _renew(self) -> None:
@@ -279,7 +281,7 @@ class PositionModule(nn.Module):
         """What pairs at integer positions are multiplied by: (rows, *positions.shape, i) in `dtype`, float32 or wider.
 
         Rows are cosine and sine, and, if the encoding decays, the factors of queries and of keys; these are taken at
-        `exponents` if they are given, which broadcast against positions.
+        `exponents` if they are given, in the same shape.
         """
         turns, decay, decay_bits = self.increments.to(positions.device).view(3, -1).unbind()
         rows = [cos_and_sin(positions, turns, dtype)]

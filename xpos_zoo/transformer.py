@@ -284,7 +284,10 @@ class Transformer(nn.Module):
             ValueError: an argument has another shape, or is neither int64 nor int32, or as there.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            return self.head(self._features(tokens, cache, lengths, document_ids))
+            logits = self.head(self._features(tokens, cache, lengths, document_ids))
+            if cache is not None:
+                cache.advance(tokens.shape[1], lengths)
+        return logits
 
     def _features(
         self, tokens: Tensor, cache: KeyValueCache | None, lengths: Tensor | None, document_ids: Tensor | None = None
@@ -297,8 +300,6 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, plan, use_reentrant=False)
             else:
                 x = layer(x, plan, None if cache is None else cache[i])
-        if cache is not None:
-            cache.advance(tokens.shape[1], lengths, [plan.later for plan in plans])
         return self.norm(x)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, *, lengths: Tensor | None = None, **options: Any) -> Tensor:
@@ -365,6 +366,7 @@ class Transformer(nn.Module):
         def steps() -> Iterator[Tensor]:
             cache = self.make_cache(len(tokens), tokens.shape[1] + max_new_tokens)
             features = self._features(tokens, cache, lengths)
+            cache.advance(tokens.shape[1], lengths)
             rows = torch.arange(len(tokens), device=tokens.device)
             new = draw(self.head(features[rows, -1 if lengths is None else lengths - 1]))
             ended = torch.zeros_like(new, dtype=torch.bool)

@@ -101,7 +101,8 @@ class XPOS(RotaryEmbedding):
 def own_scale(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Before a state dict is loaded: a `scale` that is ours but for its dtype becomes ours, another is an error."""
     assert isinstance(module, XPOS)
-    loaded, own = state_dict.get(prefix + "scale"), torch.tensor(zetas(module.head_dim))
+    loaded = state_dict.get(prefix + "scale")
+    own = torch.tensor(zetas(module.head_dim), dtype=torch.float32, device="cpu")
     if loaded is None or loaded.shape != own.shape or loaded.is_meta:
         return
     if not torch.allclose(loaded.float().cpu(), own, rtol=torch.finfo(torch.bfloat16).eps):
