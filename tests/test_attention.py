@@ -324,7 +324,7 @@ def test_casting_loses_nothing_but_the_weights_precision(dtype, block_size):
 # A position module of the user's own
 
 
-class NoPositions(PositionModule):
+class Unpositioned(PositionModule):
     """As CONTRIBUTING.md has it."""
 
     def __init__(self, head_dim: int):
@@ -341,7 +341,7 @@ def plain_attention_of(module: MultiHeadAttention, x: Tensor, mask: Tensor) -> T
 
 @DENSE_AND_BLOCKWISE
 def test_without_rates_it_is_plain_causal_attention(block_size):
-    module, x = block(positions=NoPositions, block_size=block_size), normal(0, 2, 40, 32)
+    module, x = block(positions=Unpositioned, block_size=block_size), normal(0, 2, 40, 32)
     # Sums of up to 40 terms, in another order.
     expected = plain_attention_of(module, x, visible(40, block_size))
     assert relative_error(module(x), expected) <= 40 * roundoff(torch.float32)

@@ -209,8 +209,8 @@ def test_compiled_layers_give_the_same_loss_and_the_same_checkpoint_keys(compile
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.usefixtures("compiler_counts")
-def test_layers_of_many_kinds_are_compiled_for_training_and_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_layers_of_many_kinds_are_compiled_for_training_and_validation() -> None:
     kinds: dict[str, Any] = {"positions": [XPOS, ALiBi, RotaryEmbedding, NoPositions], "block_size": [4, 4, None, None]}
     torch.manual_seed(0)
     eager, compiled = (model(num_layers=4, compile=compile, **kinds) for compile in (False, True))
