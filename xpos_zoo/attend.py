@@ -39,15 +39,13 @@ def attend(
             then. Blocks are not written at once: see `LayerCache.commit`.
     """
     rotated = pattern.positions.rotated
-    if cache is not None:
-        if q.numel() == 0:
-            return q
+    if cache is not None and q.numel() == 0:
+        return q
+    if cache is not None or plan.blocks is None:  # blocks without a cache are rotated each in two ways
         k = rotated(k, plan.k_table, inverse=True)
     if plan.blocks is not None:
         return attend_blocks(q, k, v, plan, pattern, cache, dropout_p)
-    if cache is None:
-        k = rotated(k, plan.k_table, inverse=True)
-    else:
+    if cache is not None:
         assert plan.writing is not None
         cache.write(k, v, plan.writing)
         s = plan.windows[0].k_at.shape[-1]

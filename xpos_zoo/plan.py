@@ -120,10 +120,9 @@ class Window:
     def logits(self, rows: slice, keys: slice, pattern: Pattern, dtype: torch.dtype) -> Tensor:
         """What is added to the logits of some queries and keys, (..., n, m): a bias, minus infinity where unseen."""
         q_at, k_at = self.q_at[..., rows], self.k_at[..., keys]
-        ids = (
-            (None, None) if self.q_ids is None or self.k_ids is None else (self.q_ids[..., rows], self.k_ids[..., keys])
-        )
-        seen = sees(q_at, k_at, pattern.block_size, *ids)
+        q_ids = None if self.q_ids is None else self.q_ids[..., rows]
+        k_ids = None if self.k_ids is None else self.k_ids[..., keys]
+        seen = sees(q_at, k_at, pattern.block_size, q_ids, k_ids)
         distance = q_at[..., None] - k_at[..., None, :]
         bias = sum((bias(with_heads(distance)) for bias in pattern.biases), torch.zeros((), device=q_at.device))
         # On the CPU it may be more precise than q. CUDA's memory-efficient kernel wants q's dtype, so that there a bias
@@ -364,7 +363,7 @@ def aligned(pattern: Pattern, tokens: Tokens) -> bool:
     """
     if tokens.device.type != "cuda" or tokens.dtype not in (torch.bfloat16, torch.float16):
         return False
-    head_dim, batch = 2 * len(pattern.positions.rates), tokens.b * (1 + tokens.n // (pattern.block_size or tokens.n))
+    head_dim, batch = 2 * len(pattern.positions.rates), tokens.b * (1 + tokens.n // (pattern.block_size or ALL))
     fits = head_dim % 8 == 0 and head_dim <= 192 and batch < 2**16
     return fits and torch.version.hip is None and torch.cuda.get_device_properties(tokens.device).major >= 8
 
