@@ -252,6 +252,11 @@ def test_each_layer_of_a_hybrid_attends_in_its_own_way():
         ),
         (lambda: XPOS(8, max_wavelength=6), "max_wavelength must leave a pair: at least 6.283, got 6"),
         (lambda: XPOS(8, max_wavelength=-1), "max_wavelength must be above 0, or None for all pairs, got -1"),
+        (lambda: setattr(XPOS(8), "rates", [1j]), "rates must be 4, one for each pair, got 1"),
+        (
+            lambda: setattr(MultiHeadAttention(32, 4), "positions", RotaryEmbedding(6)),
+            "positions must give a PositionModule with a rate for each pair, got RotaryEmbedding(head_dim=6",
+        ),
         (lambda: PositionModule([0.1 + 1j]), "rates must be finite, and their real parts at most 0, got (0.1+1j)"),
         (lambda: PositionModule([complex("nan")]), "rates must be finite, and their real parts at most 0, got (nan"),
         (

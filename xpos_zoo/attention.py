@@ -87,8 +87,6 @@ class MultiHeadAttention(nn.Module):
         if isinstance(positions, nn.Module):
             raise ValueError(f"positions must be called with head_dim to give a module, such as XPOS, got {positions}")
         self.positions = positions(head_dim)
-        if not isinstance(self.positions, PositionModule) or len(self.positions.rates) != head_dim // 2:
-            raise ValueError(f"positions must give a PositionModule with a rate for each pair, got {self.positions}")
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
@@ -97,6 +95,8 @@ class MultiHeadAttention(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "block_size" and value is not None:
             value = as_size("block_size", value, "above 0 and an integer, or None for dense attention")
+        if name == "positions" and (not isinstance(value, PositionModule) or len(value.rates) != self.head_dim // 2):
+            raise ValueError(f"positions must give a PositionModule with a rate for each pair, got {value}")
         if name == "query_scaling" and not (value is None or isinstance(value, LogNScaling)):
             raise ValueError(f"query_scaling must be a LogNScaling or None, got {value!r}")
         if name == "distance_bias":

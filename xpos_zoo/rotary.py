@@ -251,6 +251,8 @@ class PositionModule(nn.Module):
     @rates.setter
     def rates(self, rates: Sequence[complex]) -> None:
         rates = tuple(complex(rate) for rate in rates)
+        if len(rates) != len(getattr(self, "_rates", rates)):
+            raise ValueError(f"rates must be {len(self._rates)}, one for each pair, got {len(rates)}")
         for rate in rates:
             if not cmath.isfinite(rate) or rate.real > 0:
                 raise ValueError(f"rates must be finite, and their real parts at most 0, got {rate}")
