@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,12 +23,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
-@pytest.fixture
-def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rough bootstrap intervals, for speed: test_report.py tests fine ones."""
-    import train.measured  # the trainer, which tests of the library do without
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs of two steps at L = 16: xpos/seed1, xpos/seed2, rotary/seed1. Not to be changed."""
+    from tiny import changed_run, fit  # the trainer, which tests of the library do without
 
-    monkeypatch.setattr(train.measured, "REPLICATES", 20)
+    folder = tmp_path_factory.mktemp("trained")
+    for config in ("xpos", "rotary"):
+        run = fit(folder, config, trainer__max_steps=2)
+
+    def second(content: dict) -> None:
+        content["datamodule_hyper_parameters"]["seed"] = 2
+        content["state_dict"]["transformer.embedding.weight"] *= 3
+
+    changed_run(run.parents[1] / "xpos" / "seed1", folder / "runs" / "xpos" / "seed2", second)
+    return folder / "runs"
 
 
 @pytest.fixture

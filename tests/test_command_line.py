@@ -459,7 +459,7 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a length that is no number": ({"data__context_length": "long"}, "data.context_length\": Expected a <class 'int'>"),
     "an encoding that there is not": (
         {"model__positions": "Sinus"},
-        "right are XPOS, RotaryEmbedding, ALiBi, NoPositions, or the import",
+        "right are XPOS, RotaryEmbedding, or the import",
     ),
     "an encoding's option": ({"model__positions__init_args__scale_bse": 3}, "Option 'scale_bse' is not accepted"),
     "a scale_base in two places": (

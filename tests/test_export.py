@@ -130,7 +130,7 @@ def test_a_model_that_is_there_is_left_alone(run: Path, tmp_path: Path, capfd: p
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("positions", ["ALiBi", f"test_pretrained.{OwnPositions.__name__}"])
+@pytest.mark.parametrize("positions", ["study.encodings.NoPositions", f"test_pretrained.{OwnPositions.__name__}"])
 def test_a_position_module_of_ones_own_is_not_exported(
     positions: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

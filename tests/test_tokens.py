@@ -20,6 +20,7 @@ from train import tokens as module
 from train.__main__ import main
 from train.errors import UserError
 from train.extrapolate import extrapolate
+from train.measure import read_cells, results_of
 from train.runs import find_runs
 from train.sample import main as sample
 from train.text import TextData
@@ -146,12 +147,12 @@ def test_a_model_of_learned_tokens_is_trained_measured_and_sampled(
     assert ratio < 0.6
     assert bits_per_byte == pytest.approx(nats_per_token / math.log(2) * ratio, rel=1e-5)
 
-    extrapolate([str(run)], output=str(tmp_path / "out"), longest=1, windows=2, modes=["dense"], device="cpu")
+    extrapolate([str(run)], output=str(tmp_path / "out"), longest=1, windows=2, modes=["dense"])
     report = (tmp_path / "out" / "report.md").read_text()
     assert "## Loss, nats a token" in report
     assert "the same last 8 tokens of each window" in report
-    (cell,) = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
-    bits = np.mean(cell["losses"]["16"]) / math.log(2) * found.text().tokens_per_byte("test")
+    losses = results_of(*read_cells(tmp_path / "out" / "results.json")).tables["loss"]
+    bits = losses.query("context == 16")["loss"].mean() / math.log(2) * found.text().tokens_per_byte("test")
     assert f"{bits:.3f}" in report.split("## Bits a byte")[1]
 
     (tmp_path / "cache").rename(tmp_path / "elsewhere")  # a sample needs the checkpoint alone
@@ -170,7 +171,7 @@ def test_a_run_goes_on_only_with_its_own_tokenizer_and_text(tmp_path: Path, capf
     for command, changes in (("validate", {}), ("fit", {"name": "other", "ckpt_path": last})):
         line = complaint_of(main, [command, *options(tmp_path, **words, **changes)], capfd)
         assert line == f"{last} belongs to another tokenizer: data.tokenizer must give the one it was trained with"
-    with pytest.raises(UserError, match=f"{run} was trained with another tokenizer than {path} gives now"):
+    with pytest.raises(UserError, match=f"{last} has another tokenizer than data.tokenizer gives now"):
         find_runs([str(run)])[0].text()
 
 

@@ -28,9 +28,7 @@ def explained(error: ArgumentError, parser: ArgumentParser) -> UserError:
     elif "Option 'scale_base' is not accepted" in message:
         message = "model.positions takes no scale_base; give it as model.scale_base"
     elif 'key "model.positions"' in message:
-        message = (
-            f"{message.rstrip('.')}; right are XPOS, RotaryEmbedding, ALiBi, NoPositions, or the import path of a class"
-        )
+        message = f"{message.rstrip('.')}; right are XPOS, RotaryEmbedding, or the import path of a class"
     elif "Unexpected config" in message:
         message += "; a configuration file holds a mapping: data: ..., model: ..., trainer: ..."
     elif message.endswith("Got value: None"):

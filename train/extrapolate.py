@@ -1,65 +1,36 @@
 """`python -m train.extrapolate runs/xpos runs/rotary`: loss against context length for trained runs.
 
-Every context length predicts the same targets, the last L/2 bytes of windows from held-out documents; only how much
+Every context length predicts the same targets, the last L/2 tokens of windows from held-out documents; only how much
 comes before them varies. L/2 targets are one whole block of blockwise attention, so that every phase of a block counts
 once and targets see the same number of keys at every context from L on.
-
-`train.modes` says in which modes; `--modes` chooses.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
-from train.cells import checked_device, measure_cells
-from train.corpus import Document
+from train.data import Document
 from train.errors import UserError, command
-from train.measured import octaves
-from train.modes import STANDARD_MODES, Mode, all_modes
-from train.report import Unit, write_report
+from train.files import replacing
+from train.measure import DEVICE, Results, against, by_window, estimate, measure, octaves, panels, save_plot, table
+from train.modes import Mode, standard_modes
 from train.runs import Run, find_runs
-from train.text import TextData
 from xpos_zoo import Transformer
 
 TOKENS_AT_ONCE = 8192
 CHUNKED, CHUNKED_WINDOWS = ("dense", "BCA"), 4  # modes and windows of which the paper's own table is made
 
 Predict = Callable[[Tensor], Tensor]  # losses (w, n) of windows (w, n + 1)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What two measurements must share to be compared."""
-
-    context_length: int
-    steps: int
-    longest: int
-    windows: int
-    text_sha256: str
-    temperature: float
-    tail: float
-    data: dict[str, Any]
-
-    @property
-    def targets(self) -> int:
-        return self.context_length // 2
-
-    @property
-    def contexts(self) -> list[int]:
-        return octaves(self.context_length, self.longest)
-
-
-S = TypeVar("S", bound=Settings)
 
 
 def choose_windows(documents: Sequence[Document], length: int, count: int) -> tuple[Tensor, list[str]]:
@@ -72,39 +43,42 @@ def choose_windows(documents: Sequence[Document], length: int, count: int) -> tu
         UserError: no document is that long.
     """
     chosen: list[tuple[str, Tensor]] = []
-    long_enough = [document for document in documents if len(document.tokens) >= length]
-    if not long_enough:
-        longest = max(len(document.tokens) for document in documents)
+    most = max(len(document.tokens) for document in documents)
+    if most < length:
         raise UserError(
-            f"longest: no held-out document has the {length} tokens that a window takes, the longest has {longest}; "
-            "lower --longest or hold out longer files"
+            f"longest: no held-out document has the {length} tokens of a window, the longest has {most}; "
+            "lower --longest or hold out longer documents"
         )
-    for turn in range(max(len(document.tokens) // length for document in long_enough)):
-        if len(chosen) >= count:
-            break
-        for document in long_enough:
+    for turn in range(most // length):
+        for document in documents:
             fit, rest = divmod(len(document.tokens), length)
             start = rest // 2 + turn * length
-            if turn < fit:
+            if turn < fit and len(chosen) < count:
                 tokens = document.tokens[start : start + length].astype(np.int64)
                 chosen.append((document.name, torch.from_numpy(tokens)))
-    names, windows = zip(*chosen[:count], strict=True)
+    names, windows = zip(*chosen, strict=True)
     return torch.stack(windows), list(names)
 
 
-def held_out(
-    runs: list[Run], kind: type[S], longest: int, windows: int, temperature: float, tail: float
-) -> tuple[TextData, Tensor, list[str], S]:
-    """The text of runs, its windows for testing that are `longest` trained lengths long, their names, and settings.
-
-    Raises:
-        UserError: `choose_windows` does, or the text is not there any more.
-    """
-    length, source = runs[0].data["context_length"], runs[0].text()
-    text, names = choose_windows(source.documents("test"), longest * length + 1, windows)
-    sha256 = hashlib.sha256(text.numpy().tobytes()).hexdigest()
-    settings = kind(length, runs[0].steps, longest, len(text), sha256, temperature, tail, runs[0].data)
-    return source, text, names, settings
+def held_out(run: Run, longest: int, windows: int) -> tuple[Tensor, dict[str, Any]]:
+    """Windows for testing that are `longest` trained lengths and one token long, and the settings of a measurement."""
+    if longest < 1 or longest & (longest - 1):
+        raise UserError(f"longest must be a power of two, got {longest}")
+    if windows < 1:
+        raise UserError(f"windows must be above 0, got {windows}")
+    text = run.text()
+    chosen, names = choose_windows(text.documents("test"), longest * run.context_length + 1, windows)
+    settings = {
+        "context_length": run.context_length,
+        "steps": run.recipe["steps"],
+        "longest": longest,
+        "windows": len(chosen),
+        "text_sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
+        "unit": text.unit,
+        "tokens_per_byte": text.tokens_per_byte("test"),
+        "documents": names,
+    }
+    return chosen, settings
 
 
 @torch.inference_mode()
@@ -130,12 +104,7 @@ def overlapped_losses(model: Transformer, windows: Tensor, stride: int) -> Tenso
 def predictor(model: Transformer, mode: Mode, length: int) -> Predict:
     """The losses of tokens by a model trained at `length`, in no other mode so far, from now on in this one."""
     mode.set_on(model)
-    if mode.recompute:
-        return partial(overlapped_losses, model, stride=length // 2)
-    if model.block_size is None and (reach := mode.reach(len(model.layers), length)):
-        # Pieces that long give the same, in linear time. Longer contexts are multiples of them.
-        return partial(overlapped_losses, model, stride=length * 2 ** math.ceil(math.log2(reach / length)))
-    return partial(token_losses, model)
+    return partial(overlapped_losses, model, stride=length // 2) if mode.recompute else partial(token_losses, model)
 
 
 def pieced_losses(predict: Predict, windows: Tensor, context: int) -> Tensor:
@@ -155,35 +124,91 @@ def target_losses(predict: Predict, windows: Tensor, context: int, targets: int)
     return pieced_losses(predict, windows[:, -targets - 1 :], context)
 
 
-def measure(model: Transformer, mode: Mode, windows: Tensor, settings: Settings, progress: tqdm) -> dict[str, Any]:
-    """Mean loss of every window at every context, and mean loss at every position of the longest context.
+def losses_of(model: Transformer, mode: Mode, windows: Tensor, length: int) -> dict[str, pd.DataFrame]:
+    """Mean loss of every window at every context, and by position in the longest.
 
-    In the paper's own two modes also mean losses of pieces of text of each length, as its table has them.
+    In the paper's own two modes also the mean loss of text cut into pieces of each length, as its Table 5 has it.
     """
-    length, rotary = settings.context_length, [attention.positions for attention in model.attentions]
-    predict = predictor(model, mode, length)
-    found: dict[str, Any] = {"losses": {}}
-    if mode.name in CHUNKED:
-        found["chunked"] = {}
-    losses = torch.empty(0)
-    for context in settings.contexts:
-        progress.set_postfix_str(f"context {context}")
-        if mode.rescale is not None:
-            for attention, positions in zip(model.attentions, rotary, strict=True):
-                attention.positions = mode.rescale(positions, max(1.0, context / length)).to(windows.device)
-        losses = target_losses(predict, windows, context, settings.targets)
-        found["losses"][context] = losses[:, -settings.targets :].mean(1).tolist()
-        progress.update(context * len(windows))
-        if "chunked" in found:
-            found["chunked"][context] = pieced_losses(predict, windows[:CHUNKED_WINDOWS], context).mean(1).tolist()
-            progress.update(settings.contexts[-1] * len(windows[:CHUNKED_WINDOWS]))
-    return found | {"by_position": [round(loss, 5) for loss in losses.mean(0).tolist()]}
+    targets, trained = length // 2, [attention.positions for attention in model.attentions]
+    predict, losses, means, chunked = predictor(model, mode, length), torch.empty(0), [], []
+    for context in octaves(length, windows.shape[1] // length):
+        if mode.rescale is not None and context > length:
+            for attention, positions in zip(model.attentions, trained, strict=True):
+                attention.positions = mode.rescale(positions, context / length).to(windows.device)
+        losses = target_losses(predict, windows, context, targets).cpu()
+        mean = losses[:, -targets:].mean(1)
+        means.append(pd.DataFrame({"context": context, "window": range(len(mean)), "loss": mean}))
+        if mode.name in CHUNKED:
+            pieces = pieced_losses(predict, windows[:CHUNKED_WINDOWS], context)
+            chunked.append({"context": context, "loss": float(pieces.mean())})
+    found = {"loss": pd.concat(means), "by_position": binned(losses.mean(0).tolist())}
+    return found | ({"chunked": pd.DataFrame(chunked)} if chunked else {})
 
 
-def cost(mode: Mode, windows: Tensor, settings: Settings) -> int:
-    """Tokens that `measure` reports to its progress bar."""
-    chunked = len(settings.contexts) * settings.contexts[-1] * len(windows[:CHUNKED_WINDOWS])
-    return sum(settings.contexts) * len(windows) + chunked * (mode.name in CHUNKED)
+def binned(losses: list[float]) -> pd.DataFrame:
+    """Mean loss in bins of half an octave, with their geometric centres; losses[0] is that of position 1."""
+    position = np.arange(1, len(losses) + 1)
+    frame = pd.DataFrame({"position": position, "tokens": 1, "loss": losses})
+    bins = frame.groupby(np.ceil(2 * np.log2(position)))
+    return bins.agg({"position": lambda p: math.sqrt(p.min() * p.max()), "tokens": "sum", "loss": "mean"})
+
+
+def measure_loss(runs: list[Run], modes: list[Mode], path: Path, longest: int = 64, windows: int = 24) -> Results:
+    """Loss of the runs against context length, in modes that may be anyone's, kept in the JSON file at `path`."""
+    text, settings = held_out(runs[0], longest, windows)
+
+    def work(run: Run, mode: Mode) -> dict[str, pd.DataFrame]:
+        return losses_of(run.model(DEVICE), mode, text.to(DEVICE), run.context_length)
+
+    return measure(runs, modes, settings, path, work)
+
+
+def loss_table(results: Results, entry: Callable[[float], str] = "{:.3f}".format, name: str = "loss") -> str:
+    """What `entry` makes of mean losses; `chunked` are those of the paper's table."""
+    return table(results.tables[name], "context", lambda group: entry(group["loss"].mean()), results.length)
+
+
+def rise_table(results: Results) -> str:
+    """Paired differences against context L, with their 95 % intervals."""
+    rises = against(results.tables["loss"], "context", results.length)
+    entry = "{:+.3f} [{:+.3f}, {:+.3f}]".format
+    return table(rises, "context", lambda group: entry(*estimate(by_window(group))), results.length)
+
+
+def perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.2f}"
+
+
+def plot_loss(results: Results) -> sns.FacetGrid:
+    labels = ("context length", f"loss, nats a {results.settings['unit']}")
+    return panels(results.tables["loss"], "context", "loss", results.length, labels)
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Print the table; write report.md and the plot."""
+    settings, seeds = results.settings, sorted(set(results.tables["loss"]["seed"]))
+    unit, bits = settings["unit"], settings["tokens_per_byte"] / math.log(2)
+    caption = (
+        f"{settings['windows']} windows of {len(set(settings['documents']))} held-out documents, "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; trained at L = {results.length} for "
+        f"{settings['steps']} steps; the same last {results.length // 2} {unit}s of each window are predicted at every "
+        "context."
+    )
+    sections = {
+        f"Loss, nats a {unit}": loss_table(results),
+        "Difference against context L, with 95 % interval (bootstrap over seeds, then documents)": rise_table(results),
+        f"Perplexity a {unit}": loss_table(results, perplexity),
+        "Bits a byte": loss_table(results, lambda loss: f"{loss * bits:.3f}"),
+    }
+    if "chunked" in results.tables:
+        title = "Perplexity of text cut into pieces of each length, where longer ones have fewer early targets"
+        sections[title] = loss_table(results, perplexity, "chunked")
+    print(f"\n{caption}\n\n{loss_table(results)}\n")
+    save_plot(plot_loss(results), folder / "extrapolation.png")
+    with replacing(folder / "report.md") as draft:
+        body = "".join(f"## {title}\n\n{table}\n\n" for title, table in sections.items())
+        draft.write_text(f"# Loss against context length\n\n{caption}\n\n{body}![the plot](extrapolation.png)\n")
+    print(f"{folder / 'report.md'} has all tables; the plot is {folder / 'extrapolation.png'}")
 
 
 def extrapolate(
@@ -191,51 +216,35 @@ def extrapolate(
     output: str = "runs/extrapolation",
     longest: int = 64,
     windows: int = 24,
-    modes: list[str] | None = None,
-    temperature: float = 0.2,
+    modes: list[Literal["dense", "log-n", "tail", "BCA", "sliding", "recompute"]] | None = None,
+    log_n: float = 0.2,
     tail: float = 2.0,
-    device: str = "auto",
-) -> None:
-    """Measure loss against context length for the runs, print a table, and write JSON, Markdown and plots.
+) -> Results:
+    """Measure loss against context length for the runs, print a table, and write JSON, Markdown and a plot.
 
     Args:
         runs: folders of runs, or folders that contain them; several seeds of an encoding are averaged.
         output: folder for the results; a measurement that was interrupted goes on in it.
         longest: the longest context, in training lengths; a power of two.
         windows: how many windows of held-out text.
-        modes: which to measure, of dense, temperature, tail, BCA, sliding, recompute, and, for RoPE alone, NTK and
-            YaRN; by default the first six.
-        temperature: coefficient c of the dense mode with temperature, in which a query that sees n > L keys is
-            multiplied by 1 + c ln(n / L).
-        tail: power p of the dense mode with a soft tail, in which logits at distance m > L get -p ln(m / L) added.
-        device: cpu, cuda, or auto.
+        modes: which to measure; by default all.
+        log_n: coefficient c of log-n scaling: a query that sees n > L keys is multiplied by 1 + c ln(n / L).
+        tail: power p of the soft tail: logits at distance m > L get -p ln(m / L) added.
 
     Raises:
-        UserError: for a number out of range, a run without a checkpoint, or runs with different data.
+        UserError: for a number out of range, no run, or runs that are not comparable.
     """
-    where = checked_device(device, longest, 1, temperature=temperature, tail=tail)
-    if windows < 1:
-        raise UserError(f"windows must be above 0, got {windows}")
-    chosen = list(dict.fromkeys(STANDARD_MODES if modes is None else modes))
-    if unknown := [name for name in chosen if name not in all_modes(4)]:
-        raise UserError(f"modes must be of {', '.join(all_modes(4))}, got {', '.join(unknown)}")
-    if not chosen:
-        raise UserError("modes must name one at least, got none")
     found = find_runs(runs)
-    source, text, names, settings = held_out(found, Settings, longest, windows, temperature, tail)
-    text = text.to(where)
-    available = all_modes(settings.context_length, temperature, tail)
-    cells = measure_cells(
-        found,
-        [available[name] for name in chosen],
-        settings,
-        Path(output),
-        lambda run, mode, progress: measure(run.model(where), mode, text, settings, progress),
-        lambda mode: cost(mode, text, settings),
-        documents=names,
-    )
-    unit = Unit(source.corpus.tokenizer.unit, source.tokens_per_byte("test"))
-    write_report(cells, names, settings.contexts, settings.steps, Path(output), unit)
+    if modes == []:
+        raise UserError("modes must name one at least, got none")
+    try:
+        known = standard_modes(found[0].context_length, log_n, tail)
+    except ValueError as error:
+        raise UserError(f"log_n or tail: {error}") from error
+    chosen = [mode for mode in known if modes is None or mode.name in modes]
+    results = measure_loss(found, chosen, Path(output) / "results.json", longest, windows)
+    write_report(results, Path(output))
+    return results
 
 
 def main(args: list[str] | None = None) -> None:

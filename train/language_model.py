@@ -12,12 +12,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
-from train.baselines import ALiBi, NoPositions
 from train.errors import UserError
 from train.tokens import VOCAB_SIZE
 from xpos_zoo import XPOS, PositionModule, RotaryEmbedding, Transformer
 
-POSITIONS = (XPOS, RotaryEmbedding, ALiBi, NoPositions)  # imported, so that YAML can name them without their module
+POSITIONS = (XPOS, RotaryEmbedding)  # imported, so that YAML can name them without their module
 IGNORED = -100  # a target that is not predicted
 FALL = 10  # the learning rate falls to its peak over this
 GRAPHS = 8  # of a compiled layer, at most: with and without gradients, a last batch that is smaller
@@ -43,7 +42,7 @@ def random_numbers(device: str) -> Any:
 class Positions(Protocol):
     """Gives a position module for a head_dim. What is a parameter here, YAML cannot set below `model.positions`."""
 
-    def __call__(self, head_dim: int, *, scale_base: float = ..., num_heads: int = ...) -> nn.Module: ...
+    def __call__(self, head_dim: int, *, scale_base: float = ...) -> nn.Module: ...
 
 
 class LanguageModel(L.LightningModule):
@@ -53,8 +52,8 @@ class LanguageModel(L.LightningModule):
 
     Args:
         context_length: training length L; the data's own.
-        positions: the position module's class, or anything that gives one for a head_dim: `XPOS`, `RotaryEmbedding`,
-            `ALiBi`, `NoPositions`; or a list with one for each layer.
+        positions: the position module's class, or anything that gives one for a head_dim: `XPOS`, `RotaryEmbedding`;
+            or a list with one for each layer.
         scale_base: of position modules that have one; by default half the context length, where the authors' 512 for
             1024 puts it.
         embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, dropout: see `Transformer`.
@@ -127,8 +126,6 @@ class LanguageModel(L.LightningModule):
             if hasattr(module, "scale_base"):
                 module.scale_base = context_length / 2 if scale_base is None else scale_base
                 self.hparams["scale_base"] = module.scale_base
-            if hasattr(module, "num_heads"):
-                module.num_heads = num_heads
             return module
 
         each = [partial(for_context_length, make) for make in makers]

@@ -189,6 +189,11 @@ class TextData(L.LightningDataModule):
             )
         return documents
 
+    @property
+    def unit(self) -> str:
+        """What a token is called."""
+        return self.corpus.tokenizer.unit
+
     def tokens_per_byte(self, split: str) -> float:
         """Of the split's text, separators being one of each: what makes losses of different tokens comparable."""
         return self.corpus.count(split, "tokens") / self.corpus.count(split, "bytes")

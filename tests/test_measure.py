@@ -1,0 +1,208 @@
+"""Cells that are measured once, intervals whose values are known, tables and plots of what was measured."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.image import imread
+from tiny import InterruptionError, changed_run
+
+from train.errors import UserError
+from train.measure import (
+    REPLICATES,
+    Results,
+    against,
+    by_window,
+    estimate,
+    in_lengths,
+    measure,
+    octaves,
+    panels,
+    read_cells,
+    results_of,
+    save_plot,
+    table,
+)
+from train.modes import Mode
+from train.runs import Run, find_runs
+
+MODES = [Mode("dense", "dense"), Mode("BCA", "BCA, blocks of 8", block_size=8)]
+SETTINGS = {"context_length": 16, "documents": ["a", "b"]}
+
+
+class Counted:
+    """A measurement that tells its calls, and is interrupted after `last` of them."""
+
+    def __init__(self, last: int = 99):
+        self.calls: list[tuple[str, int, str]] = []
+        self.last = last
+
+    def __call__(self, run: Run, mode: Mode) -> dict[str, pd.DataFrame]:
+        if len(self.calls) == self.last:
+            raise InterruptionError
+        self.calls.append((run.encoding, run.seed, mode.name))
+        return {"loss": pd.DataFrame({"window": [0, 1], "loss": [run.seed + 1 / 3, 2.0]})}
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_measurement_that_is_interrupted_goes_on_and_ends_the_same(trained: Path, tmp_path: Path) -> None:
+    runs, path = find_runs([trained]), tmp_path / "results.json"
+    whole = measure(runs, MODES, SETTINGS, tmp_path / "whole.json", Counted())
+    with pytest.raises(InterruptionError):
+        measure(runs, MODES, SETTINGS, path, Counted(last=4))
+    rest, none = Counted(), Counted()
+    found = measure(runs, MODES, SETTINGS, path, rest)
+    assert len(rest.calls) == 2 * 3 - 4
+    assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    for results in (whole, measure(runs, MODES, SETTINGS, path, none), results_of(*read_cells(path))):
+        pd.testing.assert_frame_equal(results.tables["loss"], found.tables["loss"])
+    assert none.calls == []
+    assert list(found.tables["loss"]["document"].unique()) == ["a", "b"]
+    assert found.tables["loss"]["loss"].iloc[0] in (1.33333, 2.33333)  # five digits
+    assert not list(tmp_path.glob("*.draft"))
+
+
+def test_only_what_is_new_is_measured_and_all_is_kept(trained: Path, tmp_path: Path) -> None:
+    path, work = tmp_path / "results.json", Counted()
+    measure(find_runs([trained / "xpos" / "seed1"]), MODES, SETTINGS, path, work)
+    both = measure(find_runs([trained / "xpos"]), MODES[:1], SETTINGS, path, work)
+    assert work.calls == [("xPos", 1, "dense"), ("xPos", 1, "BCA"), ("xPos", 2, "dense")]
+    assert len(read_cells(path)[1]) == 3
+    assert set(both.tables["loss"]["mode"]) == {"dense"}  # what was asked for
+
+    def other(content: dict[str, Any]) -> None:
+        content["state_dict"]["transformer.embedding.weight"] *= 2
+
+    again = changed_run(trained / "xpos" / "seed1", tmp_path / "again", other)
+    measure(find_runs([again]), MODES, SETTINGS, path, work)
+    assert work.calls[3:] == [("xPos", 1, "dense"), ("xPos", 1, "BCA")]
+    assert len(read_cells(path)[1]) == 3
+
+
+def test_a_file_with_other_settings_or_damaged_is_left_alone(trained: Path, tmp_path: Path) -> None:
+    path, runs = tmp_path / "results.json", find_runs([trained])
+    measure(runs, MODES, SETTINGS, path, Counted())
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"^output: \S+ has context_length 16, not 32; remove it, or give another$"):
+        measure(runs, MODES, SETTINGS | {"context_length": 32}, path, Counted())
+    assert path.read_bytes() == before
+    for content in ("", "{", "[]", '{"settings": 1, "cells": []}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match="holds no results, or damaged ones"):
+            measure(runs, MODES, SETTINGS, path, Counted())
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def windows(values: Any, documents: list[str]) -> pd.DataFrame:
+    columns = pd.MultiIndex.from_arrays([documents, range(len(documents))], names=["document", "window"])
+    return pd.DataFrame(np.asarray(values), columns=columns)
+
+
+def by_resampling(values: np.ndarray, documents: list[str]) -> tuple[float, float]:
+    """The interval as the protocol says it, replicate by replicate, from the same random numbers."""
+    names = sorted(set(documents))
+    rng = np.random.default_rng(0)
+    runs = rng.integers(len(values), size=(REPLICATES, len(values), 1))
+    chosen = rng.integers(len(names), size=(REPLICATES, 1, len(names)))
+    means = []
+    for r, d in zip(runs[..., 0], chosen[:, 0], strict=True):
+        taken = [j for each in d for j, name in enumerate(documents) if name == names[each]]
+        means.append(values[np.ix_(r, taken)].mean())
+    low, high = np.percentile(means, (2.5, 97.5))
+    return low, high
+
+
+def test_the_interval_resamples_seeds_then_whole_documents() -> None:
+    values, documents = np.random.default_rng(4).normal(size=(3, 7)), list("abbcacd")
+    assert estimate(windows(values, documents))[1:] == pytest.approx(by_resampling(values, documents), rel=1e-12)
+
+
+def test_the_interval_over_many_documents_is_that_of_a_normal_mean() -> None:
+    count = 400
+    sample = np.random.default_rng(1).normal(3.0, 2.0, size=(1, count))
+    mean, low, high = estimate(windows(sample, [f"d{i}" for i in range(count)]))
+    error = float(sample.std()) / math.sqrt(count)
+    # A 2.5 % quantile of R replicates of a normal variable has the standard error sqrt(0.025 * 0.975 / R) / density.
+    quantile_error = math.sqrt(0.025 * 0.975 / REPLICATES) / 0.0584 * error
+    assert mean == pytest.approx(sample.mean())
+    assert low == pytest.approx(mean - 1.96 * error, abs=5 * quantile_error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=5 * quantile_error)
+
+
+def test_more_windows_of_the_same_documents_do_not_narrow_the_interval() -> None:
+    once, names = np.random.default_rng(2).normal(size=(2, 10)), [f"d{i}" for i in range(10)]
+    many = estimate(windows(np.tile(once, (1, 6)), names * 6))
+    assert many == pytest.approx(estimate(windows(once, names)), rel=1e-12)
+
+
+def test_the_interval_spans_runs_that_disagree() -> None:
+    assert estimate(windows([[-1.0] * 4, [1.0] * 4], list("abcd"))) == (0, -1.0, 1.0)
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(0, 10**6))
+def test_the_interval_lies_within_the_measurements(seeds: int, count: int, seed: int) -> None:
+    sample = np.random.default_rng(seed).normal(size=(seeds, count))
+    _, low, high = estimate(windows(sample, [f"d{i // 2}" for i in range(count)]))
+    rounding = 1e-12
+    assert sample.min() - rounding <= low <= high <= sample.max() + rounding
+
+
+# --- tables and plots ------------------------------------------------------------------------------------------------
+
+
+def losses(encodings: tuple[str, ...] = ("xPos", "RoPE"), modes: int = 2) -> Results:
+    """Two seeds whose levels differ, and rise by 0.5 nats beyond L."""
+    cells = [
+        {"encoding": e, "mode": m, "label": f"{m} 8", "seed": s, "tables": {"loss": {
+            "context": [8, 8, 16, 16, 64, 64], "window": [0, 1] * 3, "loss": [s, s, s, s + 1, s + 0.5, s + 1.5],
+        }}}
+        for e in encodings for m in ("dense", "BCA", "tail", "sliding")[:modes] for s in (1, 2)
+    ]  # fmt: skip
+    return results_of(SETTINGS, cells)
+
+
+def test_differences_are_paired_by_seed_and_window() -> None:
+    rises = against(losses().tables["loss"], "context", 16)
+    at = by_window(rises.query("encoding == 'xPos' and mode == 'BCA' and context == 64"))
+    assert at.to_numpy().tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert estimate(at) == (0.5, 0.5, 0.5)
+
+
+def test_a_table_has_a_row_a_mode_and_encoding_and_a_column_a_length() -> None:
+    lines = table(losses().tables["loss"], "context", lambda group: f"{group['loss'].mean():.2f}", 16).splitlines()
+    rows = [[entry.strip() for entry in line.strip("|").split("|")] for line in lines]
+    assert rows[0] == ["context", "L/2", "L", "4 L"]
+    assert [row[0] for row in rows[2:]] == ["xPos, dense 8", "RoPE, dense 8", "xPos, BCA 8", "RoPE, BCA 8"]
+    assert rows[2][1:] == ["1.50", "2.00", "2.50"]
+
+
+def test_contexts_are_octaves_from_a_quarter_of_the_trained_length() -> None:
+    assert [in_lengths(size, 12) for size in octaves(12, 4)] == ["L/4", "L/2", "L", "2 L", "4 L"]
+    assert octaves(128, 64) == [32, 64, *(128 * 2**k for k in range(7))]
+
+
+@pytest.mark.parametrize("modes", [1, 2, 4])
+def test_a_plot_has_a_panel_a_mode_and_shows_lines_that_coincide(modes: int, tmp_path: Path) -> None:
+    grid = panels(losses(modes=modes).tables["loss"], "context", "loss", 16, ("context", "loss"))
+    assert len(grid.axes.flat) == modes
+    save_plot(grid, tmp_path / "plot.png")
+    red, _, blue = imread(tmp_path / "plot.png")[..., :3].transpose(2, 0, 1)
+    assert (blue > red + 0.2).sum() > 300 * modes
+    assert (red > blue + 0.2).sum() > 300 * modes
+
+
+def test_a_file_is_json_that_says_which_commit_measured(trained: Path, tmp_path: Path) -> None:
+    measure(find_runs([trained / "rotary"]), MODES, SETTINGS, tmp_path / "results.json", Counted())
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["settings"] == SETTINGS
+    assert list(content["cells"][0]) == ["encoding", "mode", "label", "seed", "commit", "checkpoint", "tables"]
