@@ -1,7 +1,9 @@
 """What all tests share: hypothesis without chance, one thread, a fresh compiler, no GPU tests without a GPU."""
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `tiny.fit`, uninterrupted; to be read, not changed."""
+    from tiny import fit  # the trainer, which tests of the library do without
+
+    return fit(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def copy_of_trained(trained: Path, tmp_path: Path) -> Path:
+    """What `tiny.options` was given for that run, with the run, the text and the cache in it, to be changed."""
+    home = trained.parents[2]
+    shutil.copytree(home, tmp_path / "copy")
+    config = tmp_path / "copy" / "runs" / "xpos" / "seed1" / "config.yaml"
+    config.write_text(config.read_text().replace(str(home), str(tmp_path / "copy")))
+    return tmp_path / "copy"
 
 
 @pytest.fixture
