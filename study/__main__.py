@@ -57,6 +57,10 @@ class Study(NamedTuple):
     paths: list[str] | None = None
     configs: Path = Path("configs")
 
+    @property
+    def recall_size(self) -> str:
+        return "recall" if self.size == "cpu" else f"{self.size}_recall"
+
     def config(self, name: str) -> dict[str, Any]:
         return yaml.safe_load((self.configs / f"{name}.yaml").read_text())
 
@@ -68,8 +72,8 @@ class Study(NamedTuple):
         return Training(encoding, seed, self.runs / (run or name) / f"seed{seed}", partial(train, options))
 
     def recall_training(self, encoding: str, name: str, seed: int) -> Training:
-        size, runs = "recall" if self.size == "cpu" else f"{self.size}_recall", self.runs / "recall"
-        work = partial(recall.main, self._fit(size, name, seed, runs))
+        runs = self.runs / "recall"
+        work = partial(recall.main, self._fit(self.recall_size, name, seed, runs))
         return Training(encoding, seed, runs / name / f"seed{seed}", work, "couples")
 
     def _fit(self, size: str, name: str, seed: int, runs: Path) -> list[str]:
@@ -97,7 +101,7 @@ class Study(NamedTuple):
         dense, log_n, tail, bca, *_ = modes
         soft = [standard_modes(length, log_n=c)[modes.index(log_n)] for c in LOG_N]
         soft += [standard_modes(length, tail=p)[modes.index(tail)] for p in TAILS]
-        recall_modes = standard_modes(self.config("recall")["data"]["context_length"])
+        recall_modes = standard_modes(self.config(self.recall_size)["data"]["context_length"])
         return [
             Measurement("loss", [*xpos, *rope], modes, measure_loss),
             Measurement("encodings", others, [dense, bca], measure_loss),

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from train.__main__ import main as train
-from train.data import RandomBatches, check_sizes
+from train.data import RandomBatches, check_sizes, loader
 from train.errors import UserError
 from train.extrapolate import TOKENS_AT_ONCE
 from train.language_model import IGNORED
@@ -158,7 +158,7 @@ class RecallData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         batches = RandomBatches.of_training(self.trainer, NUMBERS, self.batch_size, self.seed)
-        return DataLoader(self._windows("train", NUMBERS), batch_sampler=batches, num_workers=self.num_workers)
+        return loader(self._windows("train", NUMBERS), self.num_workers, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader:
         return self._held_out("val")
@@ -167,8 +167,7 @@ class RecallData(L.LightningDataModule):
         return self._held_out("test")
 
     def _held_out(self, split: str) -> DataLoader:
-        windows = self._windows(split, self.val_windows)
-        return DataLoader(windows, batch_size=self.batch_size, num_workers=self.num_workers)
+        return loader(self._windows(split, self.val_windows), self.num_workers, batch_size=self.batch_size)
 
     def _windows(self, split: str, count: int) -> RecallWindows:
         return RecallWindows(self.context_length, self.couples, split, count)

@@ -1,8 +1,10 @@
 """What all tests share: hypothesis without chance, one thread, a fresh compiler, no GPU tests without a GPU."""
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,19 +27,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs of two steps at L = 16: xpos/seed1, xpos/seed2, rotary/seed1. Not to be changed."""
-    from tiny import changed_run, fit  # the trainer, which tests of the library do without
+    """The folder of a run of `tiny.fit`, uninterrupted; to be read, not changed."""
+    from tiny import fit  # the trainer, which tests of the library do without
 
-    folder = tmp_path_factory.mktemp("trained")
-    for config in ("xpos", "rotary"):
-        run = fit(folder, config, trainer__max_steps=2)
+    return fit(tmp_path_factory.mktemp("trained"))
 
-    def second(content: dict) -> None:
+
+@pytest.fixture
+def copy_of_trained(trained: Path, tmp_path: Path) -> Path:
+    """What `tiny.options` was given for that run, with the run, the text and the cache in it, to be changed."""
+    home = trained.parents[2]
+    shutil.copytree(home, tmp_path / "copy")
+    config = tmp_path / "copy" / "runs" / "xpos" / "seed1" / "config.yaml"
+    config.write_text(config.read_text().replace(str(home), str(tmp_path / "copy")))
+    return tmp_path / "copy"
+
+
+@pytest.fixture(scope="session")
+def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs at L = 16, made from that one: xpos/seed1, xpos/seed2, rotary/seed1; not to be changed."""
+    from tiny import changed_run
+
+    def second_seed(content: dict[str, Any]) -> None:
         content["datamodule_hyper_parameters"]["seed"] = 2
         content["state_dict"]["transformer.embedding.weight"] *= 3
 
-    changed_run(run.parents[1] / "xpos" / "seed1", folder / "runs" / "xpos" / "seed2", second)
-    return folder / "runs"
+    def rotary(content: dict[str, Any]) -> None:
+        content["hyper_parameters"]["positions"] = {"class_path": "xpos_zoo.RotaryEmbedding"}
+        content["hyper_parameters"]["scale_base"] = None
+        content["state_dict"].pop("transformer.layers.0.attention.positions.scale")
+
+    folder = tmp_path_factory.mktemp("runs")
+    changed_run(trained, folder / "xpos" / "seed1", lambda content: None)
+    changed_run(trained, folder / "xpos" / "seed2", second_seed)
+    changed_run(trained, folder / "rotary" / "seed1", rotary)
+    return folder
 
 
 @pytest.fixture

@@ -171,11 +171,11 @@ def test_expected_scores_of_alibi_hold_its_bias() -> None:
 
 
 def test_cells_hold_the_losses_of_the_last_targets_and_the_table_their_differences(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    context_use([str(trained)], str(tmp_path), longest=4, windows=4)
+    context_use([str(runs)], str(tmp_path), longest=4, windows=4)
     results = results_of(*read_cells(tmp_path / "results.json"))
-    (run,) = find_runs([trained / "rotary"])
+    (run,) = find_runs([runs / "rotary"])
     windows, settings = held_out(run, 4, 4)
     model = run.model(torch.device("cpu"))
     far = results.tables["far"].query("encoding == 'RoPE' and mode == 'BCA'").set_index("far")["loss"]

@@ -74,11 +74,11 @@ def by_hand(model: Callable[[Tensor], Tensor], window: Tensor, context: int, rec
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("positions", [partial(XPOS, scale_base=8), RotaryEmbedding])
 def test_every_target_is_predicted_from_the_context_alone(positions: Any, mode: str) -> None:
-    predict = predictor(trained := model(positions=positions), MODES[mode], L)
+    predict = predictor(transformer := model(positions=positions), MODES[mode], L)
     windows = random_windows(2, 8 * L + 1)
     for context in CONTEXTS:
         found = target_losses(predict, windows, context, TARGETS)[:, -TARGETS:]
-        expected = torch.tensor([by_hand(trained, window, context, MODES[mode].recompute) for window in windows])
+        expected = torch.tensor([by_hand(transformer, window, context, MODES[mode].recompute) for window in windows])
         torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING * float(expected.max()))
 
 
@@ -118,12 +118,12 @@ def test_blockwise_losses_are_those_of_pieces_and_of_a_cache() -> None:
 
 
 def test_recomputed_tokens_have_between_half_and_all_of_the_trained_length() -> None:
-    trained, windows, half = model(layers=1), random_windows(2, 8 * L + 1), L // 2
-    found = overlapped_losses(trained, windows, half)
+    transformer, windows, half = model(layers=1), random_windows(2, 8 * L + 1), L // 2
+    found = overlapped_losses(transformer, windows, half)
     for p in range(0, 8 * L, 3):
         begin = 0 if p < L else (p - half) // half * half
         assert p < L or half <= p - begin < L
-        expected = token_losses(trained, windows[:, begin : p + 2])[:, -1]
+        expected = token_losses(transformer, windows[:, begin : p + 2])[:, -1]
         torch.testing.assert_close(found[:, p], expected, rtol=0, atol=2 * ROUNDING * float(expected.max()))
 
 
@@ -142,10 +142,10 @@ def test_a_position_module_is_rescaled_for_each_context_from_the_trained_one() -
 
 
 def test_the_papers_own_table_is_of_pieces_that_do_not_overlap() -> None:
-    trained, windows = model(layers=1), random_windows(2, 8 * L + 1)
-    chunked = losses_of(trained, MODES["BCA"], windows, L)["chunked"]["loss"].tolist()
+    transformer, windows = model(layers=1), random_windows(2, 8 * L + 1)
+    chunked = losses_of(transformer, MODES["BCA"], windows, L)["chunked"]["loss"].tolist()
     for context, loss in zip(CONTEXTS, chunked, strict=True):
-        pieces = [token_losses(trained, windows[:, at : at + context + 1]) for at in range(0, 8 * L, context)]
+        pieces = [token_losses(transformer, windows[:, at : at + context + 1]) for at in range(0, 8 * L, context)]
         assert loss == pytest.approx(float(torch.cat(pieces, 1).mean()), rel=1e-5)
 
 
@@ -231,9 +231,9 @@ def test_windows_longer_than_any_document_are_refused() -> None:
 
 
 def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = extrapolate([str(trained)], str(tmp_path / "out"), longest=4, windows=6)
+    results = extrapolate([str(runs)], str(tmp_path / "out"), longest=4, windows=6)
     printed, report = capsys.readouterr().out, (tmp_path / "out" / "report.md").read_text()
     losses = results.tables["loss"]
     assert len(losses) == 6 * 3 * 5 * 6  # modes, runs, contexts, windows
@@ -248,7 +248,7 @@ def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(
     assert row.split("|")[-2].strip() == f"{mean:.3f}"
     for entry in (f"{math.exp(mean):.2f} ", f"{mean / math.log(2):.3f} "):
         assert any(entry in line for line in report.splitlines() if line.startswith("| xPos, dense  "))
-    assert "held-out documents, seeds 1, 2; trained at L = 16 for 2 steps" in printed
+    assert "held-out documents, seeds 1, 2; trained at L = 16 for 8 steps" in printed
     assert (tmp_path / "out" / "extrapolation.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert str(tmp_path / "out" / "extrapolation.png") in printed.splitlines()[-1]
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
@@ -270,8 +270,8 @@ def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(
     ],
 )
 def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(
-    args: list[str], message: str, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    args: list[str], message: str, runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    given = [arg.format(runs=trained) for arg in args]
+    given = [arg.format(runs=runs) for arg in args]
     assert message in complaint_of(main, [*given, "--output", str(tmp_path / "out")], capfd)
     assert not (tmp_path / "out").exists()

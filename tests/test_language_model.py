@@ -9,8 +9,8 @@ import pytest
 import torch
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
+from train.baselines import ALiBi, NoPositions
 
-from study.encodings import ALiBi, NoPositions
 from train.errors import UserError
 from train.language_model import LanguageModel
 from xpos_zoo import XPOS, RotaryEmbedding
@@ -86,9 +86,10 @@ def test_each_layer_can_have_positions_and_blocks_of_its_own() -> None:
     assert isinstance(rotary, RotaryEmbedding)
     assert rotary.max_wavelength == 100
     assert module.transformer.block_size == [4, None]
-    module = model(positions=[partial(ALiBi, num_heads=2), XPOS], scale_base=5.0)
+    module = model(positions=[ALiBi, XPOS], scale_base=5.0)
     alibi, xpos = (attention.positions for attention in module.transformer.attentions)
     assert isinstance(alibi, ALiBi)
+    assert alibi.num_heads == SMALL["num_heads"]
     assert isinstance(xpos, XPOS)
     assert xpos.scale_base == 5.0
 
@@ -210,10 +211,7 @@ def test_compiled_layers_give_the_same_loss_and_the_same_checkpoint_keys(compile
 @pytest.mark.usefixtures("compiler_counts")
 @torch._dynamo.config.patch(recompile_limit=8)
 def test_layers_of_many_kinds_are_compiled_for_training_and_validation() -> None:
-    kinds: dict[str, Any] = {
-        "positions": [XPOS, partial(ALiBi, num_heads=2), RotaryEmbedding, NoPositions],
-        "block_size": [4, 4, None, None],
-    }
+    kinds: dict[str, Any] = {"positions": [XPOS, ALiBi, RotaryEmbedding, NoPositions], "block_size": [4, 4, None, None]}
     torch.manual_seed(0)
     eager, compiled = (model(num_layers=4, compile=compile, **kinds) for compile in (False, True))
     compiled.load_state_dict(eager.state_dict())

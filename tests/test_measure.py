@@ -53,27 +53,27 @@ class Counted:
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_measurement_that_is_interrupted_goes_on_and_ends_the_same(trained: Path, tmp_path: Path) -> None:
-    runs, path = find_runs([trained]), tmp_path / "results.json"
-    whole = measure(runs, MODES, SETTINGS, tmp_path / "whole.json", Counted())
+def test_a_measurement_that_is_interrupted_goes_on_and_ends_the_same(runs: Path, tmp_path: Path) -> None:
+    found, path = find_runs([runs]), tmp_path / "results.json"
+    whole = measure(found, MODES, SETTINGS, tmp_path / "whole.json", Counted())
     with pytest.raises(InterruptionError):
-        measure(runs, MODES, SETTINGS, path, Counted(last=4))
+        measure(found, MODES, SETTINGS, path, Counted(last=4))
     rest, none = Counted(), Counted()
-    found = measure(runs, MODES, SETTINGS, path, rest)
+    results = measure(found, MODES, SETTINGS, path, rest)
     assert len(rest.calls) == 2 * 3 - 4
     assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
-    for results in (whole, measure(runs, MODES, SETTINGS, path, none), results_of(*read_cells(path))):
-        pd.testing.assert_frame_equal(results.tables["loss"], found.tables["loss"])
+    for same in (whole, measure(found, MODES, SETTINGS, path, none), results_of(*read_cells(path))):
+        pd.testing.assert_frame_equal(same.tables["loss"], results.tables["loss"])
     assert none.calls == []
-    assert list(found.tables["loss"]["document"].unique()) == ["a", "b"]
-    assert found.tables["loss"]["loss"].iloc[0] in (1.33333, 2.33333)  # five digits
+    assert list(results.tables["loss"]["document"].unique()) == ["a", "b"]
+    assert results.tables["loss"]["loss"].iloc[0] in (1.33333, 2.33333)  # five digits
     assert not list(tmp_path.glob("*.draft"))
 
 
-def test_only_what_is_new_is_measured_and_all_is_kept(trained: Path, tmp_path: Path) -> None:
+def test_only_what_is_new_is_measured_and_all_is_kept(runs: Path, tmp_path: Path) -> None:
     path, work = tmp_path / "results.json", Counted()
-    measure(find_runs([trained / "xpos" / "seed1"]), MODES, SETTINGS, path, work)
-    both = measure(find_runs([trained / "xpos"]), MODES[:1], SETTINGS, path, work)
+    measure(find_runs([runs / "xpos" / "seed1"]), MODES, SETTINGS, path, work)
+    both = measure(find_runs([runs / "xpos"]), MODES[:1], SETTINGS, path, work)
     assert work.calls == [("xPos", 1, "dense"), ("xPos", 1, "BCA"), ("xPos", 2, "dense")]
     assert len(read_cells(path)[1]) == 3
     assert set(both.tables["loss"]["mode"]) == {"dense"}  # what was asked for
@@ -81,23 +81,23 @@ def test_only_what_is_new_is_measured_and_all_is_kept(trained: Path, tmp_path: P
     def other(content: dict[str, Any]) -> None:
         content["state_dict"]["transformer.embedding.weight"] *= 2
 
-    again = changed_run(trained / "xpos" / "seed1", tmp_path / "again", other)
+    again = changed_run(runs / "xpos" / "seed1", tmp_path / "again", other)
     measure(find_runs([again]), MODES, SETTINGS, path, work)
     assert work.calls[3:] == [("xPos", 1, "dense"), ("xPos", 1, "BCA")]
     assert len(read_cells(path)[1]) == 3
 
 
-def test_a_file_with_other_settings_or_damaged_is_left_alone(trained: Path, tmp_path: Path) -> None:
-    path, runs = tmp_path / "results.json", find_runs([trained])
-    measure(runs, MODES, SETTINGS, path, Counted())
+def test_a_file_with_other_settings_or_damaged_is_left_alone(runs: Path, tmp_path: Path) -> None:
+    found, path = find_runs([runs]), tmp_path / "results.json"
+    measure(found, MODES, SETTINGS, path, Counted())
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"^output: \S+ has context_length 16, not 32; remove it, or give another$"):
-        measure(runs, MODES, SETTINGS | {"context_length": 32}, path, Counted())
+        measure(found, MODES, SETTINGS | {"context_length": 32}, path, Counted())
     assert path.read_bytes() == before
     for content in ("", "{", "[]", '{"settings": 1, "cells": []}'):
         path.write_text(content)
         with pytest.raises(UserError, match="holds no results, or damaged ones"):
-            measure(runs, MODES, SETTINGS, path, Counted())
+            measure(found, MODES, SETTINGS, path, Counted())
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -201,8 +201,8 @@ def test_a_plot_has_a_panel_a_mode_and_shows_lines_that_coincide(modes: int, tmp
     assert (red > blue + 0.2).sum() > 300 * modes
 
 
-def test_a_file_is_json_that_says_which_commit_measured(trained: Path, tmp_path: Path) -> None:
-    measure(find_runs([trained / "rotary"]), MODES, SETTINGS, tmp_path / "results.json", Counted())
+def test_a_file_is_json_that_says_which_commit_measured(runs: Path, tmp_path: Path) -> None:
+    measure(find_runs([runs / "rotary"]), MODES, SETTINGS, tmp_path / "results.json", Counted())
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["settings"] == SETTINGS
     assert list(content["cells"][0]) == ["encoding", "mode", "label", "seed", "commit", "checkpoint", "tables"]

@@ -165,7 +165,7 @@ def test_a_table_is_made_anew_between_its_marks_and_nothing_else_changes(tmp_pat
 
 
 @pytest.fixture
-def small(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def small(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A study whose trainings copy a run, and whose documents are left alone; keeps the commands of trainings."""
     state: dict[str, Any] = {"trained": [], "stop_at": None}
 
@@ -180,7 +180,7 @@ def small(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
 
         run = Path(option["--runs"]) / name / f"seed{seed}"
         if not run.exists():  # else it is finished
-            changed_run(trained / ("rotary" if name == "rotary" else "xpos") / "seed1", run, change)
+            changed_run(runs / ("rotary" if name == "rotary" else "xpos") / "seed1", run, change)
             state["trained"].append((name, seed))
 
     for name in ("cpu", "recall"):
@@ -241,10 +241,10 @@ def test_a_wrong_argument_is_told_in_one_line(
 
 
 def test_the_demo_trains_both_encodings_and_prints_table_and_thresholds(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands: list[list[str]] = []
-    (tmp_path / "runs").symlink_to(trained)
+    (tmp_path / "runs").symlink_to(runs)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study.demo, "train", commands.append)
     monkeypatch.setattr(study.demo, "extrapolate", partial(extrapolate, longest=4, output=str(tmp_path / "out")))
@@ -257,8 +257,8 @@ def test_the_demo_trains_both_encodings_and_prints_table_and_thresholds(
     assert printed.count("| xPos, ") == 4
 
 
-def test_plots_are_drawn_from_results(trained: Path, tmp_path: Path) -> None:
-    measured = extrapolate([str(trained)], str(tmp_path), longest=2, windows=2)
+def test_plots_are_drawn_from_results(runs: Path, tmp_path: Path) -> None:
+    measured = extrapolate([str(runs)], str(tmp_path), longest=2, windows=2)
     for name in ("extrapolation", "by_position"):
         save_plot(PLOTS[name][1](measured), tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -49,10 +49,7 @@ def options(tmp_path: Path, config: str = "xpos", **changes: Any) -> list[str]:
         "trainer__val_check_interval": 4,
         "trainer__log_every_n_steps": 1,
         "trainer__enable_progress_bar": "false",
-        "trainer__callbacks": "Checkpoints",
-        "trainer__callbacks__save_last": "true",
-        "trainer__callbacks__save_top_k": 0,
-        "trainer__callbacks__every_n_train_steps": 3,
+        "save_every": 3,
     }
     given = {name: value for name, value in (small | changes).items() if value is not None}
     return ["--config", str(CONFIGS / f"{config}.yaml"), *(f"--{k.replace('__', '.')}={v}" for k, v in given.items())]
@@ -66,6 +63,26 @@ def fit(tmp_path: Path, config: str = "xpos", more: tuple[str, ...] = (), **chan
 
 def read_checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nests of dicts and lists hold equal values, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def interrupted_at(step: int, hook: str = "on_train_batch_end", kill: bool = False) -> tuple[str, ...]:
+    args = f'{{"step": {step}, "hook": "{hook}", "kill": {str(kill).lower()}}}'
+    return (f'--trainer.callbacks+={{"class_path": "tiny.Interrupt", "init_args": {args}}}',)
 
 
 def complaint_of(command: Callable[[list[str]], None], args: list[str], capfd: pytest.CaptureFixture[str]) -> str:

@@ -1,6 +1,370 @@
-"""The data module's names."""
+"""What is trained on? Windows of tokens; whole documents are held out for validation and test, by their names."""
 
-from train.corpus import Document
-from train.text import RandomBatches, TextData, check_sizes
+import hashlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
 
-__all__ = ["Document", "RandomBatches", "TextData", "check_sizes"]
+import datasets
+import lightning as L
+import numpy as np
+import torch
+from datasets.exceptions import DatasetGenerationError
+from filelock import FileLock
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from train.errors import UserError
+from train.sources import Source
+from train.tokens import is_bytes, read_tokenizer, separator, tokenizer_from, vocabulary_size
+
+CACHE = "runs/.cache"
+ROWS = 16  # of text that are tokenised together
+TEXT = {"name": "string", "text": "string", "last": "bool"}  # columns of a row of text, ...
+TOKENISED = {"name": "string", "last": "bool", "bytes": "int64", "digest": "int64", "place": "float64"}  # ... and then
+
+SplitBy = Literal["file", "folder"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text: its name, such as a path relative to the folder that was asked for, and its tokens (n,)."""
+
+    name: str
+    tokens: np.ndarray
+
+
+@cache
+def cached_tokenizer(content: str) -> Tokenizer:
+    return tokenizer_from(content)
+
+
+def digest(text: str) -> int:
+    """56 bits, which float64 holds, too."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def tokenise(batch: dict[str, list[Any]], content: str, dtype: str, split_by: SplitBy) -> dict[str, list[Any]]:
+    """Tokens of rows of text, and what else is to be known of them.
+
+    A document ends in a separator, which counts as a byte. Its place in [0, 1) decides on its split: a hash of its name
+    alone, or of the name's first part.
+    """
+    tokenizer = cached_tokenizer(content)
+    encoded = tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)
+    ends = [[separator(tokenizer)] * last for last in batch["last"]]
+    names = [name if split_by == "file" else name.split("/", 1)[0] for name in batch["name"]]
+    return {
+        "tokens": [np.array(row.ids + end, dtype) for row, end in zip(encoded, ends, strict=True)],
+        "bytes": [len(text.encode()) + len(end) for text, end in zip(batch["text"], ends, strict=True)],
+        "digest": [digest(f"{name}\0{text}") for name, text in zip(batch["name"], batch["text"], strict=True)],
+        "place": [digest(name) / 2**56 for name in names],
+    }
+
+
+class Corpus:
+    """A tokenised text in Arrow files that are mapped into memory, and which part of it is for what.
+
+    Documents for test and validation are those whose places are below the fractions held out. Where that leaves a split
+    without any document, each document is cut instead: the beginning is for training, the end for test.
+    """
+
+    def __init__(self, rows: datasets.Dataset, val_fraction: float, test_fraction: float):
+        self.rows, self.fractions = rows, (val_fraction, test_fraction)
+        self.parts = [chunk.flatten().to_numpy() for chunk in rows.data.column("tokens").chunks]
+        self.part_ends = np.cumsum([len(part) for part in self.parts])
+        last = np.flatnonzero(self._column("last"))
+        lengths = np.concatenate([chunk.value_lengths() for chunk in rows.data.column("tokens").chunks])
+        self.last_rows, self.ends = last, np.cumsum(lengths)[last]
+        self.starts = np.concatenate(([0], self.ends[:-1])).astype(np.int64)
+        self.bytes = np.diff(np.cumsum(self._column("bytes"))[last], prepend=0)
+        bounds = {"test": (0.0, test_fraction), "val": (test_fraction, test_fraction + val_fraction)}
+        bounds["train"] = (test_fraction + val_fraction, 1.0)
+        places = self._column("place")[last]
+        self.chosen = {name: np.flatnonzero((low <= places) & (places < high)) for name, (low, high) in bounds.items()}
+        self.cuts: dict[str, tuple[float, float]] | None = None
+        if not all(map(len, self.chosen.values())):
+            self.chosen, self.cuts = {name: np.arange(len(last)) for name in bounds}, bounds
+
+    def __reduce__(self) -> Any:  # another process maps the files for itself
+        return Corpus, (self.rows, *self.fractions)
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.rows.data.column(name).to_numpy()
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop` of all."""
+        first, last = np.searchsorted(self.part_ends, (start, stop - 1), side="right")
+        begins = [self.part_ends[i] - len(self.parts[i]) for i in range(first, last + 1)]
+        return np.concatenate([self.parts[first + i][max(0, start - b) : stop - b] for i, b in enumerate(begins)])
+
+    def split(self, name: str) -> "Split":
+        chosen = self.chosen[name]
+        starts, stops = self.starts[chosen], self.ends[chosen]
+        if self.cuts is not None:
+            low, high = (np.round(share * (stops - starts)).astype(np.int64) for share in self.cuts[name])
+            starts, stops = stops - high, stops - low
+        return Split(self, chosen, starts, stops)
+
+
+class Split(Sequence[Document]):
+    """The documents of a split, and all their tokens in one row."""
+
+    def __init__(self, corpus: Corpus, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray):
+        self.corpus, self.documents, self.starts, self.stops = corpus, documents, starts, stops
+        self.row_ends = np.cumsum(stops - starts)
+
+    @property
+    def size(self) -> int:
+        """Tokens, separators included."""
+        return int(self.row_ends[-1])
+
+    @property
+    def tokens_per_byte(self) -> float:
+        documents = self.documents
+        tokens = self.corpus.ends[documents] - self.corpus.starts[documents]
+        return float(tokens.sum() / self.corpus.bytes[documents].sum())
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        document, start, stop = (int(values[index]) for values in (self.documents, self.starts, self.stops))
+        end = stop - (stop == self.corpus.ends[document])  # without the separator
+        name = self.corpus.rows.data.column("name")[int(self.corpus.last_rows[document])].as_py()
+        return Document(name, self.corpus.read(start, end))
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """`length` tokens of the row."""
+        first, last = np.searchsorted(self.row_ends, (start, start + length - 1), side="right")
+        found = []
+        for i in range(first, last + 1):
+            begin = self.stops[i] - self.row_ends[i]  # of the row, in the corpus
+            found.append(
+                self.corpus.read(max(begin + start, self.starts[i]), min(begin + start + length, self.stops[i]))
+            )
+        return np.concatenate(found)
+
+
+class Windows(Dataset[Tensor | tuple[Tensor, ...]]):
+    """Item i is the window of `length` tokens that starts at `i * stride` in a split's text, as int64.
+
+    With a `separator`, it comes as inputs, targets, and the numbers of the inputs' documents, (length - 1,) each. What
+    separates two documents is the end of the first as a target, and the beginning of the second as an input.
+    """
+
+    def __init__(self, split: Split, length: int, stride: int = 1, separator: int | None = None):
+        self.split, self.length, self.stride, self.separator = split, length, stride, separator
+
+    def __len__(self) -> int:
+        return max(0, (self.split.size - self.length) // self.stride + 1)
+
+    def __getitem__(self, index: int) -> Tensor | tuple[Tensor, ...]:
+        window = torch.from_numpy(self.split.read(index * self.stride, self.length).astype(np.int64))
+        if self.separator is None:
+            return window
+        return window[:-1], window[1:], (window[:-1] == self.separator).cumsum(0)
+
+
+class RandomBatches(Sampler[list[int]]):
+    """Batches of random indices; batch number s depends on (seed, s, rank) alone, so a resumed run draws the same."""
+
+    def __init__(self, size: int, batch_size: int, first: int, last: int, seed: int, rank: int):
+        self.size, self.batch_size, self.first, self.last = size, batch_size, first, last
+        self.seed, self.rank = seed, rank
+
+    @classmethod
+    def of_training(cls, trainer: L.Trainer | None, size: int, batch_size: int, seed: int) -> "RandomBatches":
+        """From the step that the trainer is at to its last."""
+        assert trainer is not None
+        batches = trainer.accumulate_grad_batches
+        first, last = trainer.global_step * batches, trainer.max_steps * batches
+        return cls(size, batch_size, first, last, seed, trainer.global_rank)
+
+    def __len__(self) -> int:
+        return self.last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.last):
+            yield np.random.default_rng((self.seed, step, self.rank)).integers(self.size, size=self.batch_size).tolist()
+
+
+def loader(windows: Dataset[Any], num_workers: int, **batches: Any) -> DataLoader:
+    """Draws no random number of the process: one that goes on may not validate where it did not before."""
+    return DataLoader(windows, num_workers=num_workers, generator=torch.Generator(), **batches)
+
+
+def check_sizes(*sizes: tuple[str, int, int]) -> None:
+    """Raise a UserError for the first option, its value and the least that it may be, that is too small."""
+    for name, size, least in sizes:
+        if size < least:
+            raise UserError(f"data.{name} must be {least} or above, got {size}")
+
+
+class TextData(L.LightningDataModule):
+    """Windows of `context_length + 1` tokens of text.
+
+    Args:
+        context_length: training length L in tokens; a window has one more, the last target.
+        paths: text files, folders of them, or patterns such as `texts/**/*.txt`; by default the source of Python's
+            standard library. JSON lines (.jsonl, .ndjson) and Parquet (.parquet) have a document a record. All but
+            Parquet may be compressed (.gz, .bz2, .zst).
+        dataset: in place of paths, a Hugging Face data set, from a hub or a folder: its name, or the arguments of
+            `datasets.load_dataset`, such as `{path: wikitext, name: wikitext-103-raw-v1}`; its split is train and
+            streamed unless they say otherwise.
+        field: of a record, what holds the text.
+        id_field: of a record, what names the document, which decides on its split; by default its number in the file.
+        batch_size: windows a step and device.
+        val_fraction: share of the documents that is held out for validation.
+        test_fraction: share of the documents that is held out for `test` and for the extrapolation measure.
+        split_by: what is held out as a whole: each document by itself, or all whose names have the same first part: an
+            outermost folder, such as a package, or a file of records. Where there are too few of them for all three
+            splits, the end of each document is held out instead.
+        max_val_windows: how many windows, evenly spread, validation and test use at most.
+        num_workers: processes that load data; 0 loads in the training process.
+        seed: of the random windows; `seed_everything` sets it.
+        cache: folder for the tokenised text, which is made once for each source, and anew when that has changed.
+        tokenizer: bytes, or the path of a `tokenizer.json`.
+        separate_documents: whether tokens of a window attend to their own document alone.
+
+    Raises:
+        UserError: a size is too small, a fraction is out of range, or, in `setup`, the source cannot be read or has
+            not enough text.
+    """
+
+    def __init__(
+        self,
+        context_length: int,
+        paths: list[str] | None = None,
+        batch_size: int = 16,
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.1,
+        split_by: SplitBy = "file",
+        max_val_windows: int = 512,
+        num_workers: int = 0,
+        seed: int = 1,
+        dataset: str | dict[str, Any] | None = None,
+        field: str = "text",
+        id_field: str | None = None,
+        cache: str = CACHE,
+        tokenizer: str = "bytes",
+        separate_documents: bool = False,
+    ):
+        super().__init__()
+        check_sizes(
+            ("context_length", context_length, 1),
+            ("batch_size", batch_size, 1),
+            ("max_val_windows", max_val_windows, 1),
+            ("num_workers", num_workers, 0),
+        )
+        for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+            if not 0 < fraction < 0.5:
+                raise UserError(f"data.{name} must be between 0 and 0.5, got {fraction}")
+        options = {"path": dataset} if isinstance(dataset, str) else dataset
+        if options is not None and paths is not None:
+            raise UserError("data.dataset and data.paths are two sources; give one")
+        if options is not None and "path" not in options:
+            raise UserError(f"data.dataset must have a path, a folder or a hub's name, got {options}")
+        self.save_hyperparameters()
+        self.options: Any = self.hparams
+        self.source = Source(None if paths is None else tuple(paths), options, field, id_field)
+        self.tokenizer = read_tokenizer(tokenizer)
+        self.vocab_size = vocabulary_size(self.tokenizer)
+        self.separator = separator(self.tokenizer) if separate_documents else None
+
+    @property
+    def unit(self) -> str:
+        """What a token is called."""
+        return "byte" if is_bytes(self.tokenizer) else "token"
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The tokenised text, from the cache if it is there.
+
+        Raises:
+            UserError: the source cannot be read, or has no text.
+        """
+        options = self.options
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        Path(options.cache).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(options.cache) / ".lock"):  # of several processes, one tokenises
+            try:
+                texts = datasets.Dataset.from_generator(
+                    self.source.rows,
+                    features=datasets.Features({name: datasets.Value(kind) for name, kind in TEXT.items()}),
+                    cache_dir=options.cache,
+                    fingerprint=self.source.fingerprint,
+                )
+            except DatasetGenerationError as error:
+                raise error.__cause__ or error from error
+            dtype = np.min_scalar_type(self.vocab_size - 1).name
+            columns = {name: datasets.Value(kind) for name, kind in TOKENISED.items()}
+            rows = texts.map(
+                tokenise,
+                batched=True,
+                batch_size=ROWS,
+                writer_batch_size=ROWS * 16,
+                remove_columns=["text"],
+                features=datasets.Features(columns | {"tokens": datasets.List(datasets.Value(dtype))}),
+                fn_kwargs={"content": self.tokenizer.to_str(), "dtype": dtype, "split_by": options.split_by},
+                desc="tokenise",
+            )
+        return Corpus(rows, options.val_fraction, options.test_fraction)
+
+    def documents(self, split: str) -> Split:
+        """The documents of `split`: train, val or test."""
+        return self.corpus.split(split)
+
+    def tokens_per_byte(self, split: str) -> float:
+        """Of the split's text, separators being one of each: what makes losses of different tokens comparable."""
+        return self.corpus.split(split).tokens_per_byte
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the text's hash, and the tokenizer, without which its model is of no use."""
+        digests = self.corpus.rows.data.column("digest").to_numpy()
+        return {"text_sha256": hashlib.sha256(digests.tobytes()).hexdigest(), "tokenizer": self.tokenizer.to_str()}
+
+    def prepare_data(self) -> None:
+        _ = self.corpus
+
+    def setup(self, stage: str) -> None:
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
+            self._windows(split)
+
+    def train_dataloader(self) -> DataLoader:
+        windows, options = self._windows("train"), self.options
+        batches = RandomBatches.of_training(self.trainer, len(windows), options.batch_size, options.seed)
+        return loader(windows, options.num_workers, batch_sampler=batches)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._held_out("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._held_out("test")
+
+    def _held_out(self, split: str) -> DataLoader:
+        options = self.options
+        stride = max(options.context_length, math.ceil(len(self._windows(split)) / options.max_val_windows))
+        return loader(self._windows(split, stride), options.num_workers, batch_size=options.batch_size)
+
+    def _windows(self, split: str, stride: int = 1) -> Windows:
+        documents, length = self.documents(split), self.options.context_length + 1
+        if documents.size < length:
+            raise UserError(
+                f"{self.source}: the {split} text has {documents.size} {self.unit}s, less than one window of "
+                f"data.context_length + 1 = {length}; give more text, or lower data.context_length"
+            )
+        return Windows(documents, length, stride, self.separator)
+
+
+def tokenizer_json_in(checkpoint: dict[str, Any]) -> str | None:
+    """The tokenizer.json of a checkpoint's tokens; None if its data says nothing of them."""
+    return checkpoint.get(TextData.__qualname__, {}).get("tokenizer")

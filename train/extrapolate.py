@@ -43,19 +43,23 @@ def choose_windows(documents: Sequence[Document], length: int, count: int) -> tu
         UserError: no document is that long.
     """
     chosen: list[tuple[str, Tensor]] = []
-    most = max(len(document.tokens) for document in documents)
-    if most < length:
+    turn, most = 0, 0
+    while len(chosen) < count and turn < max(1, most // length):
+        for document in documents:
+            most = max(most, len(document.tokens))
+            fit, rest = divmod(len(document.tokens), length)
+            start = rest // 2 + turn * length
+            if turn < fit:
+                tokens = document.tokens[start : start + length].astype(np.int64)
+                chosen.append((document.name, torch.from_numpy(tokens)))
+            if len(chosen) == count:
+                break
+        turn += 1
+    if not chosen:
         raise UserError(
             f"longest: no held-out document has the {length} tokens of a window, the longest has {most}; "
             "lower --longest or hold out longer documents"
         )
-    for turn in range(most // length):
-        for document in documents:
-            fit, rest = divmod(len(document.tokens), length)
-            start = rest // 2 + turn * length
-            if turn < fit and len(chosen) < count:
-                tokens = document.tokens[start : start + length].astype(np.int64)
-                chosen.append((document.name, torch.from_numpy(tokens)))
     names, windows = zip(*chosen, strict=True)
     return torch.stack(windows), list(names)
 
