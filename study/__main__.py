@@ -92,6 +92,8 @@ class Study(NamedTuple):
         bases = sorted({length // 8, length // 4, length // 2, length, 4 * length, 512})  # half of L; the authors' 512
         of_bases = [
             self.training(f"scale_base {base}", "xpos", first, f"scale_base{base}", ("--model.scale_base", str(base)))
+            if 2 * base != length
+            else xpos[0]._replace(encoding=f"scale_base {base}")
             for base in bases
         ]
         recalls = [

@@ -13,7 +13,7 @@ from study.context_use import FAR, far_table
 from study.recall import CHANCE, wilson
 from study.thresholds import verdicts
 from train.errors import command
-from train.extrapolate import loss_table, perplexity, plot_loss, rise_table
+from train.extrapolate import loss_table, perplexity, rise_table
 from train.files import replacing
 from train.measure import Results, against, panels, read_cells, results_of, save_plot, table
 
@@ -88,6 +88,10 @@ def filled(text: str, folder: Path = RESULTS) -> str:
         return f"{match[1]} -->\n{make(results_of(*read_cells(path)))}\n" if path.exists() else match[0]
 
     return MARKED.sub(replacement, text)
+
+
+def plot_loss(results: Results) -> sns.FacetGrid:
+    return panels(results.tables["loss"], "context", "loss", results.length, ("context length", "loss, nats"))
 
 
 def plot_positions(results: Results) -> sns.FacetGrid:

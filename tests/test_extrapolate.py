@@ -22,7 +22,6 @@ from train.extrapolate import (
     extrapolate,
     losses_of,
     main,
-    overlapped_losses,
     predictor,
     target_losses,
     token_losses,
@@ -108,7 +107,7 @@ def test_blockwise_targets_see_the_same_number_of_keys_from_the_trained_length_o
 def test_blockwise_losses_are_those_of_pieces_and_of_a_cache() -> None:
     blockwise, windows = model(layers=1, block_size=TARGETS), random_windows(2, 4 * L + 1)
     whole = token_losses(blockwise, windows)
-    pieces = overlapped_losses(blockwise, windows, TARGETS)
+    pieces = token_losses(blockwise, windows, recompute=TARGETS)
     torch.testing.assert_close(pieces, whole, rtol=0, atol=ROUNDING * float(whole.max()))
     cache = blockwise.make_cache(2, 4 * L)
     with torch.no_grad():
@@ -119,7 +118,7 @@ def test_blockwise_losses_are_those_of_pieces_and_of_a_cache() -> None:
 
 def test_recomputed_tokens_have_between_half_and_all_of_the_trained_length() -> None:
     transformer, windows, half = model(layers=1), random_windows(2, 8 * L + 1), L // 2
-    found = overlapped_losses(transformer, windows, half)
+    found = token_losses(transformer, windows, recompute=half)
     for p in range(0, 8 * L, 3):
         begin = 0 if p < L else (p - half) // half * half
         assert p < L or half <= p - begin < L
@@ -248,9 +247,9 @@ def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(
     assert row.split("|")[-2].strip() == f"{mean:.3f}"
     for entry in (f"{math.exp(mean):.2f} ", f"{mean / math.log(2):.3f} "):
         assert any(entry in line for line in report.splitlines() if line.startswith("| xPos, dense  "))
-    assert "held-out documents, seeds 1, 2; trained at L = 16 for 8 steps" in printed
+    assert "held-out documents, seeds [1, 2]; trained at L = 16 for 8 steps" in printed
     assert (tmp_path / "out" / "extrapolation.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert str(tmp_path / "out" / "extrapolation.png") in printed.splitlines()[-1]
+    assert str(tmp_path / "out" / "extrapolation.png") in printed
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
     assert (settings["windows"], settings["unit"], settings["tokens_per_byte"]) == (6, "byte", 1.0)
 
@@ -259,12 +258,11 @@ def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(
     ("args", "message"),
     [
         (["nowhere"], "runs: there is no trained run in 'nowhere'"),
-        (["{runs}", "--longest", "3"], "longest must be a power of two, got 3"),
+        (["{runs}", "--longest", "3"], "longest a power of two, got 24 and 3"),
         (["{runs}", "--longest", "256"], "no held-out document has the 4097 tokens of a window"),
-        (["{runs}", "--windows", "0"], "windows must be above 0, got 0"),
+        (["{runs}", "--windows", "0"], "windows must be above 0, and longest a power of two, got 0 and 64"),
         (["{runs}", "--log_n", "-1"], "log_n or tail: coefficient must be 0 or above and finite, got -1"),
         (["{runs}", "--tail", ".inf"], "log_n or tail: power must be 0 or above and finite, got inf"),
-        (["{runs}", "--modes", "[]"], "modes must name one at least"),
         (["{runs}", "--modes", "[loose]"], "loose"),
         (["{runs}", "--windws", "3"], "windws"),
     ],

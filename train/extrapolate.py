@@ -10,11 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -30,6 +29,7 @@ from xpos_zoo import Transformer
 TOKENS_AT_ONCE = 8192
 CHUNKED, CHUNKED_WINDOWS = ("dense", "BCA"), 4  # modes and windows of which the paper's own table is made
 
+Name = Literal["dense", "log-n", "tail", "BCA", "sliding", "recompute"]
 Predict = Callable[[Tensor], Tensor]  # losses (w, n) of windows (w, n + 1)
 
 
@@ -38,77 +38,54 @@ def choose_windows(documents: Sequence[Document], length: int, count: int) -> tu
 
     They are cut from a document's middle, so that early positions are no easier or harder than late ones: files begin
     in a way of their own.
-
-    Raises:
-        UserError: no document is that long.
     """
-    chosen: list[tuple[str, Tensor]] = []
+    windows: list[Tensor] = []
+    names: list[str] = []
     turn, most = 0, 0
-    while len(chosen) < count and turn < max(1, most // length):
+    while len(windows) < count and turn < max(1, most // length):
         for document in documents:
             most = max(most, len(document.tokens))
             fit, rest = divmod(len(document.tokens), length)
-            start = rest // 2 + turn * length
-            if turn < fit:
-                tokens = document.tokens[start : start + length].astype(np.int64)
-                chosen.append((document.name, torch.from_numpy(tokens)))
-            if len(chosen) == count:
-                break
+            if turn < fit and len(windows) < count:
+                start = rest // 2 + turn * length
+                windows.append(torch.from_numpy(document.tokens[start : start + length].astype(np.int64)))
+                names.append(document.name)
         turn += 1
-    if not chosen:
-        raise UserError(
-            f"longest: no held-out document has the {length} tokens of a window, the longest has {most}; "
-            "lower --longest or hold out longer documents"
-        )
-    names, windows = zip(*chosen, strict=True)
-    return torch.stack(windows), list(names)
+    if not windows:
+        raise UserError(f"longest: no held-out document has the {length} tokens of a window, the longest has {most}")
+    return torch.stack(windows), names
 
 
 def held_out(run: Run, longest: int, windows: int) -> tuple[Tensor, dict[str, Any]]:
     """Windows for testing that are `longest` trained lengths and one token long, and the settings of a measurement."""
-    if longest < 1 or longest & (longest - 1):
-        raise UserError(f"longest must be a power of two, got {longest}")
-    if windows < 1:
-        raise UserError(f"windows must be above 0, got {windows}")
+    if windows < 1 or longest < 1 or longest & (longest - 1):
+        raise UserError(f"windows must be above 0, and longest a power of two, got {windows} and {longest}")
     text = run.text()
     chosen, names = choose_windows(text.documents("test"), longest * run.context_length + 1, windows)
-    settings = {
-        "context_length": run.context_length,
-        "steps": run.recipe["steps"],
-        "longest": longest,
-        "windows": len(chosen),
-        "text_sha256": hashlib.sha256(chosen.numpy().tobytes()).hexdigest(),
-        "unit": text.unit,
-        "tokens_per_byte": text.tokens_per_byte("test"),
-        "documents": names,
-    }
-    return chosen, settings
+    digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
+    settings = {"context_length": run.context_length, "steps": run.recipe["steps"], "longest": longest}
+    settings |= {"windows": len(chosen), "text_sha256": digest, "unit": text.unit}
+    return chosen, settings | {"tokens_per_byte": text.tokens_per_byte("test"), "documents": names}
 
 
 @torch.inference_mode()
-def token_losses(model: Transformer, windows: Tensor) -> Tensor:
-    """Cross-entropy in nats of each token of windows (w, n + 1) but the first: (w, n)."""
-    batches = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
-    losses = [cross_entropy(model(b[:, :-1]).mT.float(), b[:, 1:], reduction="none") for b in batches]
-    return torch.cat(losses)
+def token_losses(model: Transformer, windows: Tensor, recompute: int | None = None) -> Tensor:
+    """Cross-entropy in nats of each token of windows (w, n + 1) but the first: (w, n).
 
-
-def overlapped_losses(model: Transformer, windows: Tensor, stride: int) -> Tensor:
-    """As `token_losses`, but from pieces of 2 * stride tokens that begin a stride apart; their second halves count.
-
-    Of windows (w, n + 1) the n tokens must be a multiple of stride, or no more than 2 * stride.
+    With `recompute`, so many tokens at a time are predicted from a fresh window twice as long; n is a multiple.
     """
-    if windows.shape[1] <= 2 * stride + 1:
-        return token_losses(model, windows)
-    pieces = windows.unfold(1, 2 * stride + 1, stride)  # (w, j, 2 * stride + 1)
-    losses = token_losses(model, pieces.flatten(0, 1)).unflatten(0, pieces.shape[:2])
-    return torch.cat((losses[:, 0], losses[:, 1:, stride:].flatten(1)), dim=1)
+    if recompute and windows.shape[1] > 2 * recompute + 1:
+        pieces = windows.unfold(1, 2 * recompute + 1, recompute)  # (w, j, 2 * recompute + 1)
+        losses = token_losses(model, pieces.flatten(0, 1)).unflatten(0, pieces.shape[:2])
+        return torch.cat((losses[:, 0], losses[:, 1:, recompute:].flatten(1)), dim=1)
+    batches = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
+    return torch.cat([cross_entropy(model(b[:, :-1]).mT.float(), b[:, 1:], reduction="none") for b in batches])
 
 
 def predictor(model: Transformer, mode: Mode, length: int) -> Predict:
     """The losses of tokens by a model trained at `length`, in no other mode so far, from now on in this one."""
     mode.set_on(model)
-    return partial(overlapped_losses, model, stride=length // 2) if mode.recompute else partial(token_losses, model)
+    return partial(token_losses, model, recompute=length // 2 if mode.recompute else None)
 
 
 def pieced_losses(predict: Predict, windows: Tensor, context: int) -> Tensor:
@@ -118,11 +95,7 @@ def pieced_losses(predict: Predict, windows: Tensor, context: int) -> Tensor:
 
 
 def target_losses(predict: Predict, windows: Tensor, context: int, targets: int) -> Tensor:
-    """Losses of the windows' last `targets` tokens, each predicted from at most `context` tokens before it.
-
-    One forward over the last `context` tokens predicts all of those: (w, context), the targets last. If they are fewer
-    than the targets, several forwards predict them side by side: (w, targets).
-    """
+    """Losses of the windows' last tokens, at least `targets`, the last of them from at most `context` before them."""
     if context >= targets:
         return predict(windows[:, -context - 1 :])
     return pieced_losses(predict, windows[:, -targets - 1 :], context)
@@ -131,7 +104,7 @@ def target_losses(predict: Predict, windows: Tensor, context: int, targets: int)
 def losses_of(model: Transformer, mode: Mode, windows: Tensor, length: int) -> dict[str, pd.DataFrame]:
     """Mean loss of every window at every context, and by position in the longest.
 
-    In the paper's own two modes also the mean loss of text cut into pieces of each length, as its Table 5 has it.
+    In the paper's two modes also that of text cut into pieces of each length, as its Table 5 has it.
     """
     targets, trained = length // 2, [attention.positions for attention in model.attentions]
     predict, losses, means, chunked = predictor(model, mode, length), torch.empty(0), [], []
@@ -143,28 +116,24 @@ def losses_of(model: Transformer, mode: Mode, windows: Tensor, length: int) -> d
         mean = losses[:, -targets:].mean(1)
         means.append(pd.DataFrame({"context": context, "window": range(len(mean)), "loss": mean}))
         if mode.name in CHUNKED:
-            pieces = pieced_losses(predict, windows[:CHUNKED_WINDOWS], context)
-            chunked.append({"context": context, "loss": float(pieces.mean())})
+            mean = pieced_losses(predict, windows[:CHUNKED_WINDOWS], context).mean()
+            chunked.append({"context": context, "loss": float(mean)})
     found = {"loss": pd.concat(means), "by_position": binned(losses.mean(0).tolist())}
     return found | ({"chunked": pd.DataFrame(chunked)} if chunked else {})
 
 
 def binned(losses: list[float]) -> pd.DataFrame:
     """Mean loss in bins of half an octave, with their geometric centres; losses[0] is that of position 1."""
-    position = np.arange(1, len(losses) + 1)
-    frame = pd.DataFrame({"position": position, "tokens": 1, "loss": losses})
-    bins = frame.groupby(np.ceil(2 * np.log2(position)))
+    frame = pd.DataFrame({"position": np.arange(1, len(losses) + 1), "tokens": 1, "loss": losses})
+    bins = frame.groupby(np.ceil(2 * np.log2(frame["position"])))
     return bins.agg({"position": lambda p: math.sqrt(p.min() * p.max()), "tokens": "sum", "loss": "mean"})
 
 
 def measure_loss(runs: list[Run], modes: list[Mode], path: Path, longest: int = 64, windows: int = 24) -> Results:
     """Loss of the runs against context length, in modes that may be anyone's, kept in the JSON file at `path`."""
     text, settings = held_out(runs[0], longest, windows)
-
-    def work(run: Run, mode: Mode) -> dict[str, pd.DataFrame]:
-        return losses_of(run.model(DEVICE), mode, text.to(DEVICE), run.context_length)
-
-    return measure(runs, modes, settings, path, work)
+    text, length = text.to(DEVICE), runs[0].context_length
+    return measure(runs, modes, settings, path, lambda run, mode: losses_of(run.model(DEVICE), mode, text, length))
 
 
 def loss_table(results: Results, entry: Callable[[float], str] = "{:.3f}".format, name: str = "loss") -> str:
@@ -174,8 +143,7 @@ def loss_table(results: Results, entry: Callable[[float], str] = "{:.3f}".format
 
 def rise_table(results: Results) -> str:
     """Paired differences against context L, with their 95 % intervals."""
-    rises = against(results.tables["loss"], "context", results.length)
-    entry = "{:+.3f} [{:+.3f}, {:+.3f}]".format
+    rises, entry = against(results.tables["loss"], "context", results.length), "{:+.3f} [{:+.3f}, {:+.3f}]".format
     return table(rises, "context", lambda group: entry(*estimate(by_window(group))), results.length)
 
 
@@ -183,36 +151,29 @@ def perplexity(loss: float) -> str:
     return f"{math.exp(loss):.2f}"
 
 
-def plot_loss(results: Results) -> sns.FacetGrid:
-    labels = ("context length", f"loss, nats a {results.settings['unit']}")
-    return panels(results.tables["loss"], "context", "loss", results.length, labels)
-
-
 def write_report(results: Results, folder: Path) -> None:
     """Print the table; write report.md and the plot."""
     settings, seeds = results.settings, sorted(set(results.tables["loss"]["seed"]))
     unit, bits = settings["unit"], settings["tokens_per_byte"] / math.log(2)
     caption = (
-        f"{settings['windows']} windows of {len(set(settings['documents']))} held-out documents, "
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; trained at L = {results.length} for "
-        f"{settings['steps']} steps; the same last {results.length // 2} {unit}s of each window are predicted at every "
-        "context."
+        f"{settings['windows']} windows of {len(set(settings['documents']))} held-out documents, seeds {seeds}; trained"
+        f" at L = {results.length} for {settings['steps']} steps; the same last {results.length // 2} {unit}s of each "
+        f"window are predicted at every context. Loss, nats a {unit}:\n\n{loss_table(results)}\n"
     )
-    sections = {
-        f"Loss, nats a {unit}": loss_table(results),
-        "Difference against context L, with 95 % interval (bootstrap over seeds, then documents)": rise_table(results),
-        f"Perplexity a {unit}": loss_table(results, perplexity),
-        "Bits a byte": loss_table(results, lambda loss: f"{loss * bits:.3f}"),
-    }
+    sections = ["# Loss against context length", caption, "![the plot](extrapolation.png)"]
+    sections += ["Against L, with 95 % intervals (bootstrap over seeds, then documents):", rise_table(results)]
+    sections += [f"Perplexity a {unit}:", loss_table(results, perplexity)]
+    sections += ["Bits a byte:", loss_table(results, lambda loss: f"{loss * bits:.3f}")]
     if "chunked" in results.tables:
-        title = "Perplexity of text cut into pieces of each length, where longer ones have fewer early targets"
-        sections[title] = loss_table(results, perplexity, "chunked")
-    print(f"\n{caption}\n\n{loss_table(results)}\n")
-    save_plot(plot_loss(results), folder / "extrapolation.png")
+        sections += [
+            "Perplexity of text cut into pieces of each length, of which longer ones have fewer early targets:"
+        ]
+        sections += [loss_table(results, perplexity, "chunked")]
     with replacing(folder / "report.md") as draft:
-        body = "".join(f"## {title}\n\n{table}\n\n" for title, table in sections.items())
-        draft.write_text(f"# Loss against context length\n\n{caption}\n\n{body}![the plot](extrapolation.png)\n")
-    print(f"{folder / 'report.md'} has all tables; the plot is {folder / 'extrapolation.png'}")
+        draft.write_text("\n\n".join(sections) + "\n")
+    grid = panels(results.tables["loss"], "context", "loss", results.length, ("context length", f"loss, nats a {unit}"))
+    save_plot(grid, folder / "extrapolation.png")
+    print(f"\n{caption}\n{folder / 'report.md'} has all tables; the plot is {folder / 'extrapolation.png'}")
 
 
 def extrapolate(
@@ -220,7 +181,7 @@ def extrapolate(
     output: str = "runs/extrapolation",
     longest: int = 64,
     windows: int = 24,
-    modes: list[Literal["dense", "log-n", "tail", "BCA", "sliding", "recompute"]] | None = None,
+    modes: list[Name] | None = None,
     log_n: float = 0.2,
     tail: float = 2.0,
 ) -> Results:
@@ -234,18 +195,13 @@ def extrapolate(
         modes: which to measure; by default all.
         log_n: coefficient c of log-n scaling: a query that sees n > L keys is multiplied by 1 + c ln(n / L).
         tail: power p of the soft tail: logits at distance m > L get -p ln(m / L) added.
-
-    Raises:
-        UserError: for a number out of range, no run, or runs that are not comparable.
     """
     found = find_runs(runs)
-    if modes == []:
-        raise UserError("modes must name one at least, got none")
     try:
         known = standard_modes(found[0].context_length, log_n, tail)
     except ValueError as error:
         raise UserError(f"log_n or tail: {error}") from error
-    chosen = [mode for mode in known if modes is None or mode.name in modes]
+    chosen = [mode for mode in known if mode.name in (modes or get_args(Name))]
     results = measure_loss(found, chosen, Path(output) / "results.json", longest, windows)
     write_report(results, Path(output))
     return results

@@ -49,7 +49,6 @@ def results_of(settings: dict[str, Any], cells: Iterable[dict[str, Any]]) -> Res
 
 
 def read_cells(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The settings and the cells that a file holds."""
     try:
         content = json.loads(path.read_text())
         return dict(content["settings"]), list(content["cells"])
@@ -70,15 +69,10 @@ def measure(
     path: Path,
     work: Callable[[Run, Mode], dict[str, pd.DataFrame]],
 ) -> Results:
-    """Tables of every run in every mode. What the file at `path` has already is not measured again.
+    """The tables that `work` gives of every run in every mode; what the file at `path` has already is not made again.
 
-    Args:
-        settings: what measurements in one file share; where a table has windows, the `documents` of these.
-        path: of a JSON file, written after each cell.
-        work: gives the tables of a cell.
-
-    Raises:
-        UserError: runs are not comparable, or the file has other settings.
+    `settings` are what the cells of a file share; where a table has windows, the `documents` of these. A UserError if
+    the file has others, or runs are not comparable.
     """
     check_comparable(runs)
     there, kept = read_cells(path) if path.exists() else (settings, [])
@@ -99,9 +93,9 @@ def measure(
 
 def commit() -> str | None:
     """Of the code that measures; None outside of a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except OSError:
         return None
 
@@ -111,7 +105,7 @@ def against(losses: pd.DataFrame, column: str, value: Any) -> pd.DataFrame:
     same = [*KEY, "window"]
     base = losses[losses[column] == value].set_index(same)["loss"]
     return losses.assign(
-        loss=losses["loss"] - base.loc[pd.MultiIndex.from_arrays([losses[name] for name in same])].to_numpy()
+        loss=losses["loss"] - base.loc[pd.MultiIndex.from_arrays([losses[k] for k in same])].to_numpy()
     )
 
 

@@ -20,27 +20,20 @@ FREE = {"_instantiator", "seed", "num_workers", "cache", "compile", "checkpoint_
 
 @dataclass(frozen=True)
 class Run:
-    """A training: its checkpoint, how tables name its position encoding, its seed, and what its numbers depend on."""
+    """A training: its checkpoint, what tables call its position encoding, and what its numbers depend on."""
 
     checkpoint: Path
     encoding: str
     seed: int
+    context_length: int
     data: dict[str, Any]
-    positions: dict[str, Any]  # what encodings differ in
-    recipe: dict[str, Any]  # what they share
-    tokenizer: str | None  # its tokenizer.json; None for bytes
+    recipe: dict[str, Any]  # what encodings share
+    positions: dict[str, Any]  # what they differ in
+    tokenizer: str | None
     sha256: str  # of the checkpoint
 
-    @property
-    def context_length(self) -> int:
-        return self.data["context_length"]
-
     def text(self) -> TextData:
-        """The text that it was trained on.
-
-        Raises:
-            UserError: its tokens are not what they were.
-        """
+        """The text that it was trained on; a UserError if its tokens are not what they were."""
         text = TextData(**self.data)
         if text.state_dict()["tokenizer"] != self.tokenizer:
             raise UserError(f"{self.checkpoint} has another tokenizer than data.tokenizer gives now")
@@ -52,10 +45,9 @@ class Run:
 
 
 def find_runs(folders: Iterable[str | Path], option: str = "paths") -> list[Run]:
-    """The runs in and below the folders, of the kind of data that has this option; each once.
+    """The runs in and below the folders, each once.
 
-    Raises:
-        UserError: a folder holds no run, one is damaged or of other data, or has a length without quarters.
+    A UserError if a folder holds none, or one is damaged, or its data has no such option or a length without quarters.
     """
     paths: dict[Path, Path] = {}
     for folder in map(Path, folders):
@@ -74,24 +66,17 @@ def find_runs(folders: Iterable[str | Path], option: str = "paths") -> list[Run]
 
 def read_run(path: Path) -> Run:
     content = load_checkpoint(path)
-    data, model = (
-        {k: v for k, v in content[f"{kind}hyper_parameters"].items() if k not in FREE} for kind in ("datamodule_", "")
-    )
+    data = {k: v for k, v in content["datamodule_hyper_parameters"].items() if k != "_instantiator"}
+    model = {k: v for k, v in content["hyper_parameters"].items() if k not in FREE}
     positions = {name: model.pop(name) for name in ("positions", "scale_base")}
     layers = positions["positions"] if isinstance(positions["positions"], list) else [positions["positions"]]
     classes = dict.fromkeys(str(layer["class_path"]).rpartition(".")[2] for layer in layers)
     tokenizer = content.get(TextData.__qualname__, {}).get("tokenizer")
-    identity = hashlib.sha256(str(tokenizer).encode()).hexdigest()[:8]
-    return Run(
-        checkpoint=path,
-        encoding=" and ".join(ENCODINGS.get(name, name) for name in classes),
-        seed=content["datamodule_hyper_parameters"]["seed"],
-        data=data,
-        positions=positions,
-        recipe={"steps": content["global_step"], "data": data, "model": model, "tokenizer": identity},
-        tokenizer=tokenizer,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-    )
+    recipe = {"data": {k: v for k, v in data.items() if k not in FREE}, "model": model}
+    recipe |= {"steps": content["global_step"], "tokenizer": hashlib.sha256(str(tokenizer).encode()).hexdigest()[:8]}
+    encoding, sha256 = " and ".join(ENCODINGS.get(name, name) for name in classes), hashlib.sha256(path.read_bytes())
+    own = (data["seed"], data["context_length"], data, recipe, positions, tokenizer)
+    return Run(path, encoding, *own, sha256.hexdigest())
 
 
 def check_comparable(runs: list[Run]) -> None:
