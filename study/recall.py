@@ -148,17 +148,13 @@ class RecallData(L.LightningDataModule):
         if couples > most:
             raise UserError(f"data.couples must be at most {most} with context_length {context_length}, got {couples}")
         self.save_hyperparameters()
+        self.options: Any = self.hparams
         self.vocab_size = VOCAB_SIZE
-        self.context_length = context_length
-        self.batch_size = batch_size
-        self.couples = couples
-        self.val_windows = val_windows
-        self.num_workers = num_workers
-        self.seed = seed
 
     def train_dataloader(self) -> DataLoader:
-        batches = RandomBatches.of_training(self.trainer, NUMBERS, self.batch_size, self.seed)
-        return loader(self._windows("train", NUMBERS), self.num_workers, batch_sampler=batches)
+        options = self.options
+        batches = RandomBatches.of_training(self.trainer, NUMBERS, options.batch_size, options.seed)
+        return loader(self._windows("train", NUMBERS), options.num_workers, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader:
         return self._held_out("val")
@@ -167,10 +163,11 @@ class RecallData(L.LightningDataModule):
         return self._held_out("test")
 
     def _held_out(self, split: str) -> DataLoader:
-        return loader(self._windows(split, self.val_windows), self.num_workers, batch_size=self.batch_size)
+        windows = self._windows(split, self.options.val_windows)
+        return loader(windows, self.options.num_workers, batch_size=self.options.batch_size)
 
     def _windows(self, split: str, count: int) -> RecallWindows:
-        return RecallWindows(self.context_length, self.couples, split, count)
+        return RecallWindows(self.options.context_length, self.options.couples, split, count)
 
 
 # --- accuracy by distance --------------------------------------------------------------------------------------------

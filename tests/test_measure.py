@@ -1,15 +1,14 @@
-"""Cells that are measured once, intervals whose values are known, tables and plots of what was measured."""
+"""Runs are found and compared, cells measured once, and intervals are those of known samples."""
 
-import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
 from matplotlib.image import imread
 from tiny import InterruptionError, changed_run
 
@@ -30,10 +29,71 @@ from train.measure import (
     table,
 )
 from train.modes import Mode
-from train.runs import Run, find_runs
+from train.runs import Run, check_comparable, find_runs, read_run
 
 MODES = [Mode("dense", "dense"), Mode("BCA", "BCA, blocks of 8", block_size=8)]
 SETTINGS = {"context_length": 16, "documents": ["a", "b"]}
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_found_once_whichever_folders_are_given(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(runs / "xpos")
+    found = find_runs([runs / "xpos", tmp_path / "link", runs / "rotary" / ".." / "xpos" / "seed1", runs])
+    assert [(run.encoding, run.seed) for run in found] == [("xPos", 1), ("xPos", 2), ("RoPE", 1)]
+    check_comparable(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["datamodule_hyper_parameters"].update(val_fraction=0.2), "(data.val_fraction: "),
+        (lambda c: c.update(global_step=1), "(steps: 8 there, 1 here)"),
+        (lambda c: c["hyper_parameters"].update(embed_dim=32), "(model.embed_dim: 16 there, 32 here)"),
+        (lambda c: c["hyper_parameters"].update(scale_base=3), "(scale_base: "),
+        (lambda c: c["TextData"].update(tokenizer="{}"), "(tokenizer: "),
+        (lambda c: None, "are both seed 1 of xPos"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(
+    change: Callable[[dict[str, Any]], Any], message: str, runs: Path, tmp_path: Path
+) -> None:
+    copy = changed_run(runs / "xpos" / "seed1", tmp_path / "copy", change)
+    with pytest.raises(UserError, match=r"^runs: ") as refused:
+        check_comparable(find_runs([runs / "xpos", copy]))
+    assert message in str(refused.value)
+    if "scale_base" in message:  # which encodings may differ in
+        check_comparable(find_runs([copy, runs / "rotary"]))
+
+
+def test_what_is_no_run_of_text_is_refused(runs: Path, tmp_path: Path) -> None:
+    def odd(content: dict[str, Any]) -> None:
+        content["datamodule_hyper_parameters"]["context_length"] = 18
+        content["TextData"]["tokenizer"] = "{}"
+
+    copy = changed_run(runs / "xpos" / "seed1", tmp_path / "odd", odd)
+    for folder, option, message in (
+        (tmp_path / "nowhere", "paths", "no trained run in '.*nowhere'"),
+        (runs, "couples", "no data.couples: it was trained for something else"),
+        (copy, "paths", "the context length must be a multiple of 4, got 18"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_runs([folder], option)
+    with pytest.raises(UserError, match=r"another tokenizer than data\.tokenizer gives now"):
+        read_run(copy / "checkpoints" / "last.ckpt").text()
+
+
+def test_a_run_gives_its_text_and_its_model(runs: Path) -> None:
+    (run,) = find_runs([runs / "rotary"])
+    assert len(run.text().documents("test")) > 1
+    model = run.model(torch.device("cpu"))
+    assert not model.training
+    weights = torch.load(run.checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(weights[f"transformer.{name}"], value) for name, value in model.state_dict().items())
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
 
 
 class Counted:
@@ -48,9 +108,6 @@ class Counted:
             raise InterruptionError
         self.calls.append((run.encoding, run.seed, mode.name))
         return {"loss": pd.DataFrame({"window": [0, 1], "loss": [run.seed + 1 / 3, 2.0]})}
-
-
-# --- cells -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_measurement_that_is_interrupted_goes_on_and_ends_the_same(runs: Path, tmp_path: Path) -> None:
@@ -145,18 +202,6 @@ def test_more_windows_of_the_same_documents_do_not_narrow_the_interval() -> None
     assert many == pytest.approx(estimate(windows(once, names)), rel=1e-12)
 
 
-def test_the_interval_spans_runs_that_disagree() -> None:
-    assert estimate(windows([[-1.0] * 4, [1.0] * 4], list("abcd"))) == (0, -1.0, 1.0)
-
-
-@given(st.integers(1, 3), st.integers(1, 6), st.integers(0, 10**6))
-def test_the_interval_lies_within_the_measurements(seeds: int, count: int, seed: int) -> None:
-    sample = np.random.default_rng(seed).normal(size=(seeds, count))
-    _, low, high = estimate(windows(sample, [f"d{i // 2}" for i in range(count)]))
-    rounding = 1e-12
-    assert sample.min() - rounding <= low <= high <= sample.max() + rounding
-
-
 # --- tables and plots ------------------------------------------------------------------------------------------------
 
 
@@ -184,11 +229,7 @@ def test_a_table_has_a_row_a_mode_and_encoding_and_a_column_a_length() -> None:
     assert rows[0] == ["context", "L/2", "L", "4 L"]
     assert [row[0] for row in rows[2:]] == ["xPos, dense 8", "RoPE, dense 8", "xPos, BCA 8", "RoPE, BCA 8"]
     assert rows[2][1:] == ["1.50", "2.00", "2.50"]
-
-
-def test_contexts_are_octaves_from_a_quarter_of_the_trained_length() -> None:
     assert [in_lengths(size, 12) for size in octaves(12, 4)] == ["L/4", "L/2", "L", "2 L", "4 L"]
-    assert octaves(128, 64) == [32, 64, *(128 * 2**k for k in range(7))]
 
 
 @pytest.mark.parametrize("modes", [1, 2, 4])
@@ -199,10 +240,3 @@ def test_a_plot_has_a_panel_a_mode_and_shows_lines_that_coincide(modes: int, tmp
     red, _, blue = imread(tmp_path / "plot.png")[..., :3].transpose(2, 0, 1)
     assert (blue > red + 0.2).sum() > 300 * modes
     assert (red > blue + 0.2).sum() > 300 * modes
-
-
-def test_a_file_is_json_that_says_which_commit_measured(runs: Path, tmp_path: Path) -> None:
-    measure(find_runs([runs / "rotary"]), MODES, SETTINGS, tmp_path / "results.json", Counted())
-    content = json.loads((tmp_path / "results.json").read_text())
-    assert content["settings"] == SETTINGS
-    assert list(content["cells"][0]) == ["encoding", "mode", "label", "seed", "commit", "checkpoint", "tables"]

@@ -1,4 +1,4 @@
-"""Associative recall: what a window holds, that its data hangs on the step alone, and what the accuracy is of."""
+"""Associative recall: what a window holds, that its data hangs on its number alone, and what the accuracy is of."""
 
 import math
 from collections import Counter
@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import read_checkpoint
+from tiny import CONFIGS, read_checkpoint
 from torch import Tensor
 
 import study.recall
 from study.recall import (
     ANSWERS,
     BINDINGS,
-    CHANCE,
     FILLERS,
     KEYS,
     QUESTIONS,
@@ -51,14 +50,6 @@ def windows(count: int, length: int = 64, couples: int = 8, longest: int = 64, *
     return [recall_window(np.random.default_rng((9, i)), length, couples, longest, **more) for i in range(count)]
 
 
-# --- a window --------------------------------------------------------------------------------------------------------
-
-
-def test_the_alphabets_share_no_token_and_use_all() -> None:
-    assert sorted([*FILLERS, *QUESTIONS, *ANSWERS, *BINDINGS]) == list(range(256))
-    assert (len(QUESTIONS), len(ANSWERS), len(BINDINGS)) == (KEYS, VALUES, KEYS * VALUES)
-
-
 @pytest.mark.parametrize(("length", "couples", "longest"), [(64, 8, 64), (8, 1, 8), (128, 11, 100)])
 def test_every_key_is_bound_once_and_then_asked_once_and_all_else_is_filler(
     length: int, couples: int, longest: int
@@ -66,15 +57,13 @@ def test_every_key_is_bound_once_and_then_asked_once_and_all_else_is_filler(
     for window in windows(100, length, couples, longest):
         tokens = window.tokens.tolist()
         keys = [key_of(token) for token in tokens]
-        taken = []
+        taken = [*window.bindings, *window.questions]
         for binding, question, answer in zip(window.bindings, window.questions, window.answers, strict=True):
             assert 1 <= question - binding < longest
             assert tokens[binding] in BINDINGS
             assert tokens[question] in QUESTIONS
-            assert keys[binding] == keys[question]
-            assert keys.count(keys[binding]) == 2
+            assert [at for at, key in enumerate(keys) if key == keys[binding]] == [binding, question]
             assert (tokens[binding] - BINDINGS.start) % VALUES == answer - ANSWERS.start
-            taken += [binding, question]
         assert len(set(taken)) == len(taken) > 0
         assert all(token in FILLERS for at, token in enumerate(tokens) if at not in taken)
 
@@ -93,30 +82,15 @@ def test_distances_are_all_that_fit_and_log_uniform_and_values_uniform() -> None
         assert answers[answer] / len(distances) == pytest.approx(1 / VALUES, abs=5 * (0.08 / len(distances)) ** 0.5)
 
 
-def test_the_key_that_is_asked_is_nowhere_else_and_others_recur_as_late_as_they_can() -> None:
-    for window in windows(20, 1500, 180, 64, asked=(100, 1400)):
-        keys = [key_of(token) for token in window.tokens.tolist()]
-        assert [at for at, key in enumerate(keys) if key == keys[100]] == [100, 1400]
-        others = [keys[at] for at in sorted(window.bindings[1:])]
-        assert len(others) > 150
-        assert set(others) == set(range(KEYS)) - {keys[100]}
-        assert others[: KEYS - 1] * (len(others) // KEYS) == others[: (KEYS - 1) * (len(others) // KEYS)]
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
 def test_targets_are_the_answers_and_a_window_hangs_on_its_split_and_number_alone() -> None:
     one, other = RecallWindows(64, 8, "train", 100), RecallWindows(64, 8, "train", 2**32)
     different = set()
     for i in reversed(range(50)):
         inputs, targets = one[i]
         assert all(map(torch.equal, one[i], other[i]))
-        bound: dict[int | None, int] = {}
-        for token, target in zip(inputs.tolist(), targets.tolist(), strict=True):
-            assert target == (bound[key_of(token)] if token in QUESTIONS else IGNORED)
-            if token in BINDINGS:
-                bound[key_of(token)] = ANSWERS.start + (token - BINDINGS.start) % VALUES
+        answered = torch.from_numpy(np.isin(inputs, QUESTIONS))
+        assert torch.equal(targets != IGNORED, answered)
+        assert torch.equal(targets[answered], knows(inputs[None])[0].argmax(-1)[answered])
         different |= {tuple(RecallWindows(64, 8, split, 50)[i][0].tolist()) for split in ("train", "val", "test")}
     assert len(different) == 150
 
@@ -125,24 +99,19 @@ def test_targets_are_the_answers_and_a_window_hangs_on_its_split_and_number_alon
     ("changes", "message"),
     [
         ({"context_length": 7}, "data.context_length must be 8 or above, got 7"),
-        ({"couples": 12}, "data.couples must be at most 11 with context_length 64, got 12"),
         ({"context_length": 16}, "data.couples must be at most 4 with context_length 16, got 8"),
     ],
 )
 def test_a_size_out_of_range_is_named_as_the_configuration_names_it(changes: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        RecallData(**({"context_length": 64} | changes))
+        RecallData(**changes)
 
 
 # --- the measure -----------------------------------------------------------------------------------------------------
 
 
-def logits_of(tokens: Tensor) -> Tensor:
-    return torch.nn.functional.one_hot(tokens, 256).float()
-
-
 def knows(tokens: Tensor) -> Tensor:
-    """The answer to each question that is bound in its window; elsewhere, and where it is not, no answer at all."""
+    """Logits for the answer to each question that is bound in its window; elsewhere for no answer at all."""
     found = torch.zeros_like(tokens)
     for row, window in enumerate(tokens.tolist()):
         bound: dict[int | None, int] = {}
@@ -151,7 +120,7 @@ def knows(tokens: Tensor) -> Tensor:
                 bound[key_of(token)] = ANSWERS.start + (token - BINDINGS.start) % VALUES
             elif token in QUESTIONS:
                 found[row, at] = bound.get(key_of(token), 0)
-    return logits_of(found)
+    return torch.nn.functional.one_hot(found, 256).float()
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -160,11 +129,10 @@ def test_a_question_stands_at_its_distance_and_every_phase_of_a_block_is_asked_e
     assert asked.windows.shape[1] == distance + L // 2 - 1
     assert Counter((asked.at % (L // 2)).tolist()) == dict.fromkeys(range(L // 2), SAMPLES // (L // 2))
     bindings = []
-    for window, at, answer in zip(asked.windows.tolist(), asked.at.tolist(), asked.answers.tolist(), strict=True):
+    for window, at in zip(asked.windows.tolist(), asked.at.tolist(), strict=True):
         keys = [key_of(token) for token in window]
-        assert window[at] in QUESTIONS
         assert [place for place, key in enumerate(keys) if key == keys[at]] == [at - distance + 1, at]
-        assert (window[at - distance + 1] - BINDINGS.start) % VALUES == answer - ANSWERS.start
+        assert len(set(keys)) <= KEYS + 1
         bindings.append(sum(token in BINDINGS for token in window))
     assert np.mean(bindings) == pytest.approx(max(2, COUPLES / L * asked.windows.shape[1]), abs=0.6)  # as in training
 
@@ -178,19 +146,6 @@ def test_a_model_that_knows_scores_all_and_with_the_last_tokens_alone_what_they_
         monkeypatch.setattr(study.recall, "TOKENS_AT_ONCE", at_once)
         assert count_right(knows, asked) == SAMPLES
         assert count_right(knows, asked.last(L)) == (SAMPLES if distance <= L else 0)
-    for i in range(SAMPLES):
-        at, kept = int(asked.at[i]), int(asked.last(L).at[i])
-        assert torch.equal(asked.last(L).windows[i, : kept + 1], asked.windows[i, max(0, at + 1 - L) : at + 1])
-
-
-def test_a_model_that_guesses_among_the_values_scores_chance() -> None:
-    generator = torch.Generator().manual_seed(1)
-
-    def guesses(tokens: Tensor) -> Tensor:
-        return logits_of(torch.randint(ANSWERS.start, ANSWERS.stop, tokens.shape, generator=generator))
-
-    low, high = wilson(count_right(guesses, ask(L, 1, 3000, COUPLES, L)), 3000, confidence=0.999)
-    assert low < CHANCE == 1 / 12 < high
 
 
 @pytest.mark.parametrize(
@@ -207,26 +162,16 @@ def test_wilson_intervals_are_the_published_ones(right: int, count: int, expecte
     assert wilson(right, count) == pytest.approx(expected, abs=5e-5)
 
 
-# --- training and measuring ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_model_is_trained_on_the_task_and_measured(tmp_path: Path) -> None:
-    options = {
-        "data.context_length": L, "data.couples": COUPLES, "data.val_windows": 4, "data.batch_size": 4,
-        "model.positions": "xpos_zoo.XPOS", "model.embed_dim": 16, "model.num_layers": 1, "model.num_heads": 2,
-        "trainer.max_steps": 2, "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false",
-        "trainer.log_every_n_steps": 1, "trainer.enable_model_summary": "false", "runs": tmp_path,
-    }  # fmt: skip
-    for seed in (1, 2):
-        main(["fit", *(f"--{k}={v}" for k, v in options.items()), "--name=xpos", f"--seed_everything={seed}"])
-        assert read_checkpoint(tmp_path / "xpos" / f"seed{seed}")["global_step"] == 2
-    results = measure_recall(
-        find_runs([tmp_path], "couples"), standard_modes(L), tmp_path / "recall.json", longest=4, samples=8
-    )
-    right = results.tables["right"]
-    assert len(right) == 6 * 2 * 5
+    sizes = {"data.context_length": L, "data.couples": COUPLES, "data.val_windows": 4, "data.batch_size": 4}
+    sizes |= {"model.embed_dim": 16, "model.num_layers": 1, "trainer.max_steps": 2, "trainer.log_every_n_steps": 1}
+    configs = [f"--config={CONFIGS / name}.yaml" for name in ("recall", "xpos")]
+    more = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", f"--runs={tmp_path}"]
+    main(["fit", *configs, *(f"--{name}={size}" for name, size in sizes.items()), *more])
+    assert read_checkpoint(tmp_path / "xpos" / "seed1")["global_step"] == 2
+    found = find_runs([tmp_path], "couples")
+    right = measure_recall(found, standard_modes(L), tmp_path / "recall.json", longest=4, samples=8).tables["right"]
+    assert len(right) == 6 * 5
     assert (right["asked"] == 8).all()
     assert right["right"].between(0, 8).all()
-    with pytest.raises(UserError, match=r"has no data\.paths"):
-        find_runs([tmp_path])
