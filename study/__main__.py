@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -49,70 +50,56 @@ class Measurement(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Which seeds are trained on what text, with which configurations, and where."""
+    """Which seeds are trained on what text, of which size, and where."""
 
     size: str = "cpu"
     runs: Path = Path("runs/study")
     seeds: tuple[int, ...] = (1, 2, 3)
     paths: list[str] | None = None
-    configs: Path = Path("configs")
 
-    @property
-    def recall_size(self) -> str:
-        return "recall" if self.size == "cpu" else f"{self.size}_recall"
-
-    def config(self, name: str) -> dict[str, Any]:
-        return yaml.safe_load((self.configs / f"{name}.yaml").read_text())
-
-    def training(
-        self, encoding: str, name: str, seed: int, run: str | None = None, more: tuple[str, ...] = ()
-    ) -> Training:
+    def training(self, encoding: str, config: str, seed: int, name: str | None = None, *more: str) -> Training:
         text = () if self.paths is None else ("--data.paths", json.dumps(self.paths))
-        options = [*self._fit(self.size, name, seed, self.runs), "--name", run or name, *text, *more]
-        return Training(encoding, seed, self.runs / (run or name) / f"seed{seed}", partial(train, options))
-
-    def recall_training(self, encoding: str, name: str, seed: int) -> Training:
-        runs = self.runs / "recall"
-        work = partial(recall.main, self._fit(self.recall_size, name, seed, runs))
-        return Training(encoding, seed, runs / name / f"seed{seed}", work, "couples")
-
-    def _fit(self, size: str, name: str, seed: int, runs: Path) -> list[str]:
-        configs = [argument for each in (size, name) for argument in ("--config", str(self.configs / f"{each}.yaml"))]
-        return ["fit", *configs, "--seed_everything", str(seed), "--runs", str(runs), "--trainer.devices", "1"]
+        options = [*fit_options((self.size, config), name or config, seed, self.runs), *text, *more]
+        return Training(encoding, seed, self.runs / (name or config) / f"seed{seed}", partial(train, options))
 
     def measurements(self) -> list[Measurement]:
-        sizes, first = self.config(self.size), self.seeds[0]
-        length = sizes["data"]["context_length"]
-        xpos, rope = ([self.training(e, n, s) for s in self.seeds] for e, n in (("xPos", "xpos"), ("RoPE", "rotary")))
-        heads = ("--model.positions.init_args.num_heads", str(sizes["model"]["num_heads"]))
-        others = [
-            self.training("ALiBi", "alibi", first, more=heads),
-            self.training("no positions", "none", first),
-        ]
-        bases = sorted({length // 8, length // 4, length // 2, length, 4 * length, 512})  # half of L; the authors' 512
-        of_bases = [
-            self.training(f"scale_base {base}", "xpos", first, f"scale_base{base}", ("--model.scale_base", str(base)))
-            if 2 * base != length
-            else xpos[0]._replace(encoding=f"scale_base {base}")
-            for base in bases
-        ]
-        recalls = [
-            self.recall_training(*pair, seed) for pair in (("RoPE", "rotary"), ("xPos", "xpos")) for seed in self.seeds
-        ]
-        modes = standard_modes(length)
-        dense, log_n, tail, bca, *_ = modes
-        soft = [standard_modes(length, log_n=c)[modes.index(log_n)] for c in LOG_N]
-        soft += [standard_modes(length, tail=p)[modes.index(tail)] for p in TAILS]
-        recall_modes = standard_modes(self.config(self.recall_size)["data"]["context_length"])
+        first, length = self.seeds[0], config(self.size)["data"]["context_length"]
+        both = ("xPos", "xpos"), ("RoPE", "rotary")
+        xpos, rope = ([self.training(*names, seed) for seed in self.seeds] for names in both)
+        heads = ("--model.positions.init_args.num_heads", str(config(self.size)["model"]["num_heads"]))
+        others = [self.training("ALiBi", "alibi", first, None, *heads), self.training("no positions", "none", first)]
+        bases = []
+        for base in sorted({length // 8, length // 4, length // 2, length, 4 * length, 512}):  # 512 is the authors'
+            option = ("--model.scale_base", str(base))
+            own = xpos[0] if 2 * base == length else self.training("", "xpos", first, f"scale_base{base}", *option)
+            bases.append(own._replace(encoding=f"scale_base {base}"))
+
+        task, runs, recalls = "recall" if self.size == "cpu" else f"{self.size}_recall", self.runs / "recall", []
+        for (encoding, name), seed in product(both, self.seeds):
+            work = partial(recall.main, fit_options((task, name), name, seed, runs))
+            recalls.append(Training(encoding, seed, runs / name / f"seed{seed}", work, "couples"))
+
+        dense, _, _, bca, *_ = modes = standard_modes(length)
+        soft = [standard_modes(length, log_n=c)[1] for c in LOG_N] + [standard_modes(length, tail=p)[2] for p in TAILS]
+        used = [mode for mode in modes if mode.name in MODES]
         return [
             Measurement("loss", [*xpos, *rope], modes, measure_loss),
             Measurement("encodings", others, [dense, bca], measure_loss),
             Measurement("encodings", rope, rescaled_modes(length), measure_loss),
             Measurement("softness", xpos, soft, partial(measure_loss, longest=32)),
-            Measurement("scale_base", of_bases, [dense], partial(measure_loss, longest=16)),
-            Measurement("context_use", [*xpos, *rope], [m for m in modes if m.name in MODES], measure_context_use),
-            Measurement("recall", recalls, recall_modes, measure_recall),
+            Measurement("scale_base", bases, [dense], partial(measure_loss, longest=16)),
+            Measurement("context_use", [*xpos, *rope], used, measure_context_use),
+            Measurement("recall", recalls, standard_modes(config(task)["data"]["context_length"]), measure_recall),
         ]
+
+
+def config(name: str) -> dict[str, Any]:
+    return yaml.safe_load(Path(f"configs/{name}.yaml").read_text())
+
+
+def fit_options(configs: tuple[str, ...], name: str, seed: int, runs: Path) -> list[str]:
+    files = [argument for each in configs for argument in ("--config", f"configs/{each}.yaml")]
+    return ["fit", *files, "--name", name, "--seed_everything", str(seed), "--runs", str(runs), "--trainer.devices=1"]
 
 
 def study(

@@ -40,33 +40,18 @@ def far_versions(windows: Tensor, names: list[str], length: int) -> dict[str, Te
 
     Shuffled: permuted at random, each window in its own way, always the same. Replaced: by the same places of the next
     window of another document.
-
-    Raises:
-        UserError: all windows are of one document.
     """
-    far, near = windows[:, : -length - 1], windows[:, -length - 1 :]
-    generator = torch.Generator().manual_seed(0)
-    order = torch.stack([torch.randperm(far.shape[1], generator=generator) for _ in far]).to(far.device)
-    other = far[others(names)]
-    return {
-        "absent": near,
-        "intact": windows,
-        "shuffled": torch.cat((far.gather(1, order), near), 1),
-        "replaced": torch.cat((other, near), 1),
-    }
-
-
-def others(names: list[str]) -> list[int]:
-    """For each window the index of the next one, round about, of another document."""
+    count = len(names)
     if len(set(names)) < 2:
         raise UserError(
-            f"windows must come from two documents at least, as one's text replaces the other's, but all are of "
-            f"{names[0]}; give more --windows, lower --longest, or hold out more files"
+            f"windows must come from two documents at least, for one's text replaces the other's: {names[0]}"
         )
-    count = len(names)
-    return [
-        next(j % count for j in range(i + 1, i + count) if names[j % count] != name) for i, name in enumerate(names)
-    ]
+    other = [next(j % count for j in range(i, i + count) if names[j % count] != names[i]) for i in range(count)]
+    far, near = windows[:, : -length - 1], windows[:, -length - 1 :]
+    generator = torch.Generator().manual_seed(0)
+    order = torch.stack([torch.randperm(far.shape[1], generator=generator) for _ in far])
+    changed = {"shuffled": far.gather(1, order), "replaced": far[other]}
+    return {"absent": near, "intact": windows} | {name: torch.cat((text, near), 1) for name, text in changed.items()}
 
 
 def occurrence_distances(window: list[int]) -> list[int]:

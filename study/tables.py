@@ -90,14 +90,10 @@ def filled(text: str, folder: Path = RESULTS) -> str:
     return MARKED.sub(replacement, text)
 
 
-def plot_loss(results: Results) -> sns.FacetGrid:
-    return panels(results.tables["loss"], "context", "loss", results.length, ("context length", "loss, nats"))
-
-
 def plot_positions(results: Results) -> sns.FacetGrid:
     """Loss by position; dotted: its mean over (L/2, L]."""
     frame, length = results.tables["by_position"], results.length
-    grid = panels(frame, "position", "loss", length, ("position in the longest window", "loss, nats"))
+    grid = panels(frame, "position", "loss", length, "loss, nats")
     below = frame.query(f"{length / 2} < position <= {length}")
     for (label, _), bins in below.groupby(["label", "encoding"]):
         grid.axes_dict[label].axhline(np.average(bins["loss"], weights=bins["tokens"]), color="0.3", linestyle=":")
@@ -118,26 +114,21 @@ def plot_far(results: Results) -> sns.FacetGrid:
 
 def plot_recall(results: Results) -> sns.FacetGrid:
     frame = results.tables["right"].assign(share=lambda f: 100 * f["right"] / f["asked"])
-    grid = panels(frame, "distance", "share", results.length, ("distance", "right answers, %"))
+    grid = panels(frame, "distance", "share", results.length, "right answers, %")
     return grid.refline(y=100 * CHANCE, color="0.3", linestyle=":")
 
 
-def plot_occurrence(results: Results) -> sns.FacetGrid:
-    frame = results.tables["occurrence"].query("distance > 0")
-    return panels(frame, "distance", "loss", results.length, ("distance to the last occurrence", "loss, nats"))
-
-
-def plot_resolution(results: Results) -> sns.FacetGrid:
-    frame = results.tables["resolution"]
-    return panels(frame, "context", "resolution", results.length, ("context length", "attention resolution"))
+def lines(name: str, x: str, y: str, ylabel: str) -> Callable[[Results], sns.FacetGrid]:
+    """A plot of one of the tables; where the distance is 0, there is none."""
+    return lambda results: panels(results.tables[name].query(f"{x} > 0"), x, y, results.length, ylabel)
 
 
 PLOTS: dict[str, tuple[str, Callable[[Results], sns.FacetGrid]]] = {
-    "extrapolation": ("loss", plot_loss),
+    "extrapolation": ("loss", lines("loss", "context", "loss", "loss, nats")),
     "by_position": ("loss", plot_positions),
     "context_use": ("context_use", plot_far),
-    "occurrence": ("context_use", plot_occurrence),
-    "resolution": ("context_use", plot_resolution),
+    "occurrence": ("context_use", lines("occurrence", "distance", "loss", "loss, nats")),
+    "resolution": ("context_use", lines("resolution", "context", "resolution", "attention resolution")),
     "recall": ("recall", plot_recall),
 }
 

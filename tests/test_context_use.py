@@ -53,7 +53,7 @@ def test_versions_differ_in_far_text_alone() -> None:
     assert torch.equal(far_versions(windows, NAMES, L)["shuffled"], shuffled)
     same = far_versions(torch.arange(4 * L + 1).repeat(2, 1), ["a", "b"], L)["shuffled"]
     assert not torch.equal(same[0], same[1])  # each in its own way
-    with pytest.raises(UserError, match=r"windows must come from two documents.*all are of a"):
+    with pytest.raises(UserError, match="windows must come from two documents"):
         far_versions(windows, ["a"] * 4, L)
 
 

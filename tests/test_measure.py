@@ -234,7 +234,7 @@ def test_a_table_has_a_row_a_mode_and_encoding_and_a_column_a_length() -> None:
 
 @pytest.mark.parametrize("modes", [1, 2, 4])
 def test_a_plot_has_a_panel_a_mode_and_shows_lines_that_coincide(modes: int, tmp_path: Path) -> None:
-    grid = panels(losses(modes=modes).tables["loss"], "context", "loss", 16, ("context", "loss"))
+    grid = panels(losses(modes=modes).tables["loss"], "context", "loss", 16, "loss")
     assert len(grid.axes.flat) == modes
     save_plot(grid, tmp_path / "plot.png")
     red, _, blue = imread(tmp_path / "plot.png")[..., :3].transpose(2, 0, 1)

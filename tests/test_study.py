@@ -173,7 +173,7 @@ def small(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         if len(state["trained"]) == state["stop_at"]:
             raise KeyboardInterrupt
         option = dict(itertools.pairwise(args))
-        name, seed = option.get("--name", Path(args[4]).stem), int(option["--seed_everything"])
+        name, seed = option["--name"], int(option["--seed_everything"])
 
         def change(content: dict[str, Any]) -> None:
             content["datamodule_hyper_parameters"]["seed"] = seed

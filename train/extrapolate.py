@@ -171,7 +171,7 @@ def write_report(results: Results, folder: Path) -> None:
         sections += [loss_table(results, perplexity, "chunked")]
     with replacing(folder / "report.md") as draft:
         draft.write_text("\n\n".join(sections) + "\n")
-    grid = panels(results.tables["loss"], "context", "loss", results.length, ("context length", f"loss, nats a {unit}"))
+    grid = panels(results.tables["loss"], "context", "loss", results.length, f"loss, nats a {unit}")
     save_plot(grid, folder / "extrapolation.png")
     print(f"\n{caption}\n{folder / 'report.md'} has all tables; the plot is {folder / 'extrapolation.png'}")
 

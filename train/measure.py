@@ -148,13 +148,14 @@ def table(frame: pd.DataFrame, column: str, entry: Callable[[Any], str], length:
     return rows.rename_axis(column).to_markdown(disable_numparse=True)
 
 
-def panels(frame: pd.DataFrame, x: str, y: str, length: int, labels: tuple[str, str]) -> sns.FacetGrid:
+def panels(frame: pd.DataFrame, x: str, y: str, length: int, ylabel: str) -> sns.FacetGrid:
     """A plot with a panel a mode and a line an encoding, x in trained lengths."""
+    order = sorted(set(frame["encoding"]))
     options: dict[str, Any] = {"col_wrap": 2 if len(set(frame["label"])) == 4 else 3, "height": 2.7, "errorbar": None}
-    options |= {"hue": "encoding", "style": "encoding", "markers": True, "palette": "colorblind"}
-    grid = sns.relplot(frame.assign(**{x: frame[x] / length}), x=x, y=y, kind="line", col="label", **options)
-    grid.set_titles("{col_name}").set_axis_labels(f"{labels[0]}, in trained lengths", labels[1])
-    grid.refline(x=1, color="black", linestyle="-", linewidth=1)
+    options |= {"hue": "encoding", "hue_order": order, "style": "encoding", "style_order": order, "markers": True}
+    frame = frame.assign(**{x: frame[x] / length})
+    grid = sns.relplot(frame, x=x, y=y, kind="line", col="label", palette="colorblind", **options)
+    grid.set_titles("{col_name}").set_axis_labels(f"{x} / L", ylabel).refline(x=1, color="black", linestyle="-")
     for axes in grid.axes.flat:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
