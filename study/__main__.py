@@ -153,9 +153,5 @@ def complete(measurement: Measurement, path: Path) -> None:
         measurement.work(runs, measurement.modes, path)
 
 
-def main(args: list[str] | None = None) -> None:
-    command(study, args)
-
-
 if __name__ == "__main__":
-    main()
+    command(study, None)

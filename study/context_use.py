@@ -192,9 +192,5 @@ def context_use(runs: list[str], output: str = "runs/context_use", longest: int 
     print(far_table(measure_context_use(found, modes, Path(output) / "results.json", longest, windows)))
 
 
-def main(args: list[str] | None = None) -> None:
-    command(context_use, args)
-
-
 if __name__ == "__main__":
-    main()
+    command(context_use, None)

@@ -13,7 +13,7 @@ from study.context_use import FAR, far_table
 from study.recall import CHANCE, wilson
 from study.thresholds import verdicts
 from train.errors import command
-from train.extrapolate import loss_table, perplexity, rise_table
+from train.extrapolate import loss_table, perplexity_table, rise_table
 from train.files import replacing
 from train.measure import Results, against, panels, read_cells, results_of, save_plot, table
 
@@ -67,7 +67,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "thresholds": ("loss", lambda results: "\n".join(f"- {verdict}" for verdict in verdicts(results))),
     "matrix": ("loss", loss_table),
     "soft-and-blockwise": ("loss", lambda results: loss_table(where(results, "mode not in ('sliding', 'recompute')"))),
-    "paper": ("loss", lambda results: loss_table(results, perplexity, "chunked")),
+    "paper": ("loss", lambda results: perplexity_table(results, "chunked")),
     "encodings": ("encodings", loss_table),
     "softness": ("softness", lambda results: rise_table(where(results, f"context >= {results.length}"))),
     "scale-base": ("scale_base", lambda results: loss_table(where(results, f"context >= {results.length}"))),

@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 import train.extrapolate
 from train.data import Document
-from train.errors import UserError
+from train.errors import UserError, command
 from train.extrapolate import (
     binned,
     choose_windows,
     extrapolate,
     losses_of,
-    main,
-    predictor,
     target_losses,
     token_losses,
 )
@@ -72,11 +70,13 @@ def by_hand(model: Callable[[Tensor], Tensor], window: Tensor, context: int, rec
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("positions", [partial(XPOS, scale_base=8), RotaryEmbedding])
 def test_every_target_is_predicted_from_the_context_alone(positions: Any, mode: str) -> None:
-    predict = predictor(transformer := model(positions=positions), MODES[mode], L)
+    transformer, chosen = model(positions=positions), MODES[mode]
+    chosen.set_on(transformer)
+    predict = partial(token_losses, transformer, recompute=L // 2 if chosen.recompute else None)
     windows = random_windows(2, 8 * L + 1)
     for context in CONTEXTS:
         found = target_losses(predict, windows, context, TARGETS)[:, -TARGETS:]
-        expected = torch.tensor([by_hand(transformer, window, context, MODES[mode].recompute) for window in windows])
+        expected = torch.tensor([by_hand(transformer, window, context, chosen.recompute) for window in windows])
         torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING * float(expected.max()))
 
 
@@ -253,5 +253,5 @@ def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(
     args: list[str], message: str, runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     given = [arg.format(runs=runs) for arg in args]
-    assert message in complaint_of(main, [*given, "--output", str(tmp_path / "out")], capfd)
+    assert message in complaint_of(partial(command, extrapolate), [*given, "--output", str(tmp_path / "out")], capfd)
     assert not (tmp_path / "out").exists()

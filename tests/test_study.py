@@ -16,6 +16,7 @@ import study.demo
 import study.tables
 from study.tables import DOCUMENTS, MARKED, PLOTS, RESULTS, TABLES, filled
 from study.thresholds import THRESHOLDS, verdicts
+from train.errors import command
 from train.extrapolate import extrapolate
 from train.measure import Results, read_cells, results_of, save_plot, write_cells
 
@@ -237,7 +238,7 @@ def test_encodings_that_differ_in_scale_base_are_named_by_it(small: dict[str, An
 def test_a_wrong_argument_is_told_in_one_line(
     args: list[str], message: str, small: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in complaint_of(study_main.main, args, capfd)
+    assert message in complaint_of(partial(command, study_main.study), args, capfd)
 
 
 def test_the_demo_trains_both_encodings_and_prints_table_and_thresholds(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,6 @@ from xpos_zoo import Transformer
 TOKENS_AT_ONCE = 8192
 CHUNKED, CHUNKED_WINDOWS = ("dense", "BCA"), 4  # modes and windows of which the paper's own table is made
 
-Name = Literal["dense", "log-n", "tail", "BCA", "sliding", "recompute"]
 Predict = Callable[[Tensor], Tensor]  # losses (w, n) of windows (w, n + 1)
 
 
@@ -82,23 +81,15 @@ def token_losses(model: Transformer, windows: Tensor, recompute: int | None = No
     return torch.cat([cross_entropy(model(b[:, :-1]).mT.float(), b[:, 1:], reduction="none") for b in batches])
 
 
-def predictor(model: Transformer, mode: Mode, length: int) -> Predict:
-    """The losses of tokens by a model trained at `length`, in no other mode so far, from now on in this one."""
-    mode.set_on(model)
-    return partial(token_losses, model, recompute=length // 2 if mode.recompute else None)
-
-
 def pieced_losses(predict: Predict, windows: Tensor, context: int) -> Tensor:
-    """Losses of windows (w, n + 1) cut into pieces of `context` tokens that do not overlap: (w, n); n is a multiple."""
+    """Losses of windows (w, n + 1) cut into pieces of `context` tokens that do not overlap: (w, n)."""
     pieces = windows.unfold(1, context + 1, context)
     return predict(pieces.flatten(0, 1)).view(len(windows), -1)
 
 
 def target_losses(predict: Predict, windows: Tensor, context: int, targets: int) -> Tensor:
     """Losses of the windows' last tokens, at least `targets`, the last of them from at most `context` before them."""
-    if context >= targets:
-        return predict(windows[:, -context - 1 :])
-    return pieced_losses(predict, windows[:, -targets - 1 :], context)
+    return pieced_losses(predict, windows[:, -max(context, targets) - 1 :], context)
 
 
 def losses_of(model: Transformer, mode: Mode, windows: Tensor, length: int) -> dict[str, pd.DataFrame]:
@@ -107,7 +98,9 @@ def losses_of(model: Transformer, mode: Mode, windows: Tensor, length: int) -> d
     In the paper's two modes also that of text cut into pieces of each length, as its Table 5 has it.
     """
     targets, trained = length // 2, [attention.positions for attention in model.attentions]
-    predict, losses, means, chunked = predictor(model, mode, length), torch.empty(0), [], []
+    losses, means, chunked = torch.empty(0), [], []
+    mode.set_on(model)
+    predict = partial(token_losses, model, recompute=length // 2 if mode.recompute else None)
     for context in octaves(length, windows.shape[1] // length):
         if mode.rescale is not None and context > length:
             for attention, positions in zip(model.attentions, trained, strict=True):
@@ -141,14 +134,14 @@ def loss_table(results: Results, entry: Callable[[float], str] = "{:.3f}".format
     return table(results.tables[name], "context", lambda group: entry(group["loss"].mean()), results.length)
 
 
+def perplexity_table(results: Results, name: str = "loss") -> str:
+    return loss_table(results, lambda loss: f"{math.exp(loss):.2f}", name)
+
+
 def rise_table(results: Results) -> str:
     """Paired differences against context L, with their 95 % intervals."""
     rises, entry = against(results.tables["loss"], "context", results.length), "{:+.3f} [{:+.3f}, {:+.3f}]".format
     return table(rises, "context", lambda group: entry(*estimate(by_window(group))), results.length)
-
-
-def perplexity(loss: float) -> str:
-    return f"{math.exp(loss):.2f}"
 
 
 def write_report(results: Results, folder: Path) -> None:
@@ -162,13 +155,13 @@ def write_report(results: Results, folder: Path) -> None:
     )
     sections = ["# Loss against context length", caption, "![the plot](extrapolation.png)"]
     sections += ["Against L, with 95 % intervals (bootstrap over seeds, then documents):", rise_table(results)]
-    sections += [f"Perplexity a {unit}:", loss_table(results, perplexity)]
+    sections += [f"Perplexity a {unit}:", perplexity_table(results)]
     sections += ["Bits a byte:", loss_table(results, lambda loss: f"{loss * bits:.3f}")]
     if "chunked" in results.tables:
         sections += [
-            "Perplexity of text cut into pieces of each length, of which longer ones have fewer early targets:"
+            "Perplexity of text cut into pieces of each length; longer ones have fewer early targets:"
         ]
-        sections += [loss_table(results, perplexity, "chunked")]
+        sections += [perplexity_table(results, "chunked")]
     with replacing(folder / "report.md") as draft:
         draft.write_text("\n\n".join(sections) + "\n")
     grid = panels(results.tables["loss"], "context", "loss", results.length, f"loss, nats a {unit}")
@@ -181,7 +174,7 @@ def extrapolate(
     output: str = "runs/extrapolation",
     longest: int = 64,
     windows: int = 24,
-    modes: list[Name] | None = None,
+    modes: list[Literal["dense", "log-n", "tail", "BCA", "sliding", "recompute"]] | None = None,
     log_n: float = 0.2,
     tail: float = 2.0,
 ) -> Results:
@@ -201,15 +194,11 @@ def extrapolate(
         known = standard_modes(found[0].context_length, log_n, tail)
     except ValueError as error:
         raise UserError(f"log_n or tail: {error}") from error
-    chosen = [mode for mode in known if mode.name in (modes or get_args(Name))]
+    chosen = [mode for mode in known if not modes or mode.name in modes]
     results = measure_loss(found, chosen, Path(output) / "results.json", longest, windows)
     write_report(results, Path(output))
     return results
 
 
-def main(args: list[str] | None = None) -> None:
-    command(extrapolate, args)
-
-
 if __name__ == "__main__":
-    main()
+    command(extrapolate, None)

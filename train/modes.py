@@ -22,23 +22,15 @@ class SlidingWindow:
 
 @dataclass(frozen=True)
 class Mode:
-    """How a trained model attends when it is measured.
-
-    Attributes:
-        name: its kind.
-        label: what tables call it, with its parameters: no two modes of a measurement share one.
-        block_size, query_scaling, distance_bias: what layers get that were trained without; trained ones stay.
-        recompute: whether targets are predicted from fresh windows of the trained length, half a length apart.
-        rescale: gives a position module for a context of so many trained lengths, above 1, from the trained one.
-    """
+    """What layers get that were trained without it, and how tables call that: no two modes share a label."""
 
     name: str
     label: str
     block_size: int | None = None
     query_scaling: LogNScaling | None = None
     distance_bias: DistanceBias | None = None
-    recompute: bool = False
-    rescale: Callable[[Any, float], PositionModule] | None = None
+    recompute: bool = False  # predict from fresh windows of the trained length, half a length apart
+    rescale: Callable[[Any, float], PositionModule] | None = None  # from the trained one, for so many trained lengths
 
     def set_on(self, model: Transformer) -> None:
         """Have a model, in no other mode so far, attend so."""
@@ -49,11 +41,7 @@ class Mode:
 
 
 def standard_modes(length: int, log_n: float = 0.2, tail: float = 2.0) -> list[Mode]:
-    """For models trained at `length`: dense; the whole context, softly; three windows.
-
-    Raises:
-        ValueError: log_n, the coefficient of `LogNScaling`, or tail, the power of `SoftTail`, is negative or infinite.
-    """
+    """For models trained at `length`: dense; the whole context, softly (`LogNScaling`, `SoftTail`); three windows."""
     return [
         Mode("dense", "dense"),
         Mode("log-n", f"dense, log-n {log_n:g}", query_scaling=LogNScaling(log_n, length)),
