@@ -105,7 +105,7 @@ def fit_options(configs: tuple[str, ...], name: str, seed: int, runs: Path) -> l
 def study(
     size: Literal["cpu", "gpu"] = "cpu",
     output: str = "runs/study",
-    results: str = str(RESULTS),
+    results: str = "study/results",
     seeds: tuple[int, ...] = (1, 2, 3),
     paths: list[str] | None = None,
     only: list[str] | None = None,

@@ -35,9 +35,6 @@ L = 16
 NAMES = ["a", "b", "b", "c"]
 
 
-# --- far context -----------------------------------------------------------------------------------------------------
-
-
 def test_versions_differ_in_far_text_alone() -> None:
     windows = random_windows(4, 4 * L + 1)
     versions = far_versions(windows, NAMES, L)
@@ -70,9 +67,6 @@ def test_far_text_changes_nothing_for_a_model_whose_window_ends_before_it(size: 
         torch.testing.assert_close(losses["absent"], losses["intact"], rtol=1e-5, atol=1e-5)
 
 
-# --- last occurrence -------------------------------------------------------------------------------------------------
-
-
 def by_brute_force(window: list[int]) -> list[int]:
     grams = [tuple(window[max(0, t + 1 - NGRAM) : t + 1]) for t in range(len(window))]
     return [min((t - s for s in range(NGRAM - 1, t) if grams[s] == grams[t]), default=0) for t in range(len(window))]
@@ -96,9 +90,6 @@ def test_losses_are_averaged_in_octaves_of_the_distance() -> None:
     for distance, tokens, loss in found.itertuples(index=False):
         assert tokens == len(expected[distance])
         assert loss == pytest.approx(math.fsum(expected[distance]) / tokens)
-
-
-# --- resolution ------------------------------------------------------------------------------------------------------
 
 
 def test_resolution_of_a_known_example() -> None:
@@ -157,9 +148,6 @@ def test_expected_scores_of_alibi_hold_its_bias() -> None:
     model.attentions[0].q_proj.weight.data *= 0
     found = expected_scores(model, random_windows(1, 9))
     assert found.tolist() == [[[-slope * distance for distance in range(9)] for slope in (2**-4, 2**-8)]]
-
-
-# --- a whole measurement ---------------------------------------------------------------------------------------------
 
 
 def test_cells_hold_the_losses_of_the_last_targets_and_the_table_their_differences(

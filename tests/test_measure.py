@@ -35,9 +35,6 @@ MODES = [Mode("dense", "dense"), Mode("BCA", "BCA, blocks of 8", block_size=8)]
 SETTINGS = {"context_length": 16, "documents": ["a", "b"]}
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
-
-
 def test_runs_are_found_once_whichever_folders_are_given(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(runs / "xpos")
     found = find_runs([runs / "xpos", tmp_path / "link", runs / "rotary" / ".." / "xpos" / "seed1", runs])
@@ -87,13 +84,9 @@ def test_what_is_no_run_of_text_is_refused(runs: Path, tmp_path: Path) -> None:
 def test_a_run_gives_its_text_and_its_model(runs: Path) -> None:
     (run,) = find_runs([runs / "rotary"])
     assert len(run.text().documents("test")) > 1
-    model = run.model(torch.device("cpu"))
-    assert not model.training
     weights = torch.load(run.checkpoint, weights_only=True)["state_dict"]
+    model = run.model(torch.device("cpu"))
     assert all(torch.equal(weights[f"transformer.{name}"], value) for name, value in model.state_dict().items())
-
-
-# --- cells -----------------------------------------------------------------------------------------------------------
 
 
 class Counted:
@@ -151,13 +144,9 @@ def test_a_file_with_other_settings_or_damaged_is_left_alone(runs: Path, tmp_pat
     with pytest.raises(UserError, match=r"^output: \S+ has context_length 16, not 32; remove it, or give another$"):
         measure(found, MODES, SETTINGS | {"context_length": 32}, path, Counted())
     assert path.read_bytes() == before
-    for content in ("", "{", "[]", '{"settings": 1, "cells": []}'):
-        path.write_text(content)
-        with pytest.raises(UserError, match="holds no results, or damaged ones"):
-            measure(found, MODES, SETTINGS, path, Counted())
-
-
-# --- intervals -------------------------------------------------------------------------------------------------------
+    path.write_bytes(before[:100])
+    with pytest.raises(UserError, match="holds no results, or damaged ones"):
+        measure(found, MODES, SETTINGS, path, Counted())
 
 
 def windows(values: Any, documents: list[str]) -> pd.DataFrame:
@@ -194,15 +183,6 @@ def test_the_interval_over_many_documents_is_that_of_a_normal_mean() -> None:
     assert mean == pytest.approx(sample.mean())
     assert low == pytest.approx(mean - 1.96 * error, abs=5 * quantile_error)
     assert high == pytest.approx(mean + 1.96 * error, abs=5 * quantile_error)
-
-
-def test_more_windows_of_the_same_documents_do_not_narrow_the_interval() -> None:
-    once, names = np.random.default_rng(2).normal(size=(2, 10)), [f"d{i}" for i in range(10)]
-    many = estimate(windows(np.tile(once, (1, 6)), names * 6))
-    assert many == pytest.approx(estimate(windows(once, names)), rel=1e-12)
-
-
-# --- tables and plots ------------------------------------------------------------------------------------------------
 
 
 def losses(encodings: tuple[str, ...] = ("xPos", "RoPE"), modes: int = 2) -> Results:

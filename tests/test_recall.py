@@ -107,9 +107,6 @@ def test_a_size_out_of_range_is_named_as_the_configuration_names_it(changes: dic
         RecallData(**changes)
 
 
-# --- the measure -----------------------------------------------------------------------------------------------------
-
-
 def knows(tokens: Tensor) -> Tensor:
     """Logits for the answer to each question that is bound in its window; elsewhere for no answer at all."""
     found = torch.zeros_like(tokens)

@@ -34,9 +34,6 @@ CLAIMS = (
 Rise = Callable[[float], float]  # of the context in trained lengths
 
 
-# --- thresholds ------------------------------------------------------------------------------------------------------
-
-
 def cell(encoding: str, mode: str, rise: Rise, seed: int = 1, longest: int = 64) -> dict[str, Any]:
     """A measurement in which every window's loss is its own level at the trained length and rises as said."""
     rows = [
@@ -125,14 +122,8 @@ def test_a_threshold_is_not_judged_before_its_context_is_reached(longest: int, e
     found = told([cell(*pair, rise(*pair), longest=longest) for pair in pairs])
     told_as = {"-": "not measured", "+": "met", "r": "reported, whichever way it falls"}
     assert [verdict.split(": ")[0] for verdict in found.values()] == [told_as[each] for each in expected]
-
-
-def test_what_is_not_in_the_matrix_is_not_measured_and_what_is_crossed_early_is_missed() -> None:
     assert all(verdict.startswith("not measured") for verdict in told([cell("ALiBi", "dense", flat)]).values())
     assert told([cell("xPos", "BCA", at(x2=0.2), longest=2)])["flat"].startswith("MISSED: ")
-
-
-# --- documents -------------------------------------------------------------------------------------------------------
 
 
 def test_the_documents_hold_every_table_as_the_results_have_it() -> None:
@@ -142,11 +133,7 @@ def test_the_documents_hold_every_table_as_the_results_have_it() -> None:
         text = path.read_text()
         assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(MARKED.findall(text))
         assert filled(text) == text, f"{path} is not what `python -m study.tables` makes of the results"
-    for plot in PLOTS:
-        assert f"]({plot}.png)" in DOCUMENTS[0].read_text()
-
-
-def test_every_result_says_which_commit_measured_it() -> None:
+    assert all(f"]({plot}.png)" in DOCUMENTS[0].read_text() for plot in PLOTS)
     for path in RESULTS.glob("*.json"):
         assert all(cell["commit"] for cell in read_cells(path)[1])
 
@@ -160,9 +147,6 @@ def test_a_table_is_made_anew_between_its_marks_and_nothing_else_changes(tmp_pat
     assert "| xPos, dense | 1.150 | 1.150 | 1.150 | 1.150 | 2.150 |" in made
     assert made.endswith("|\n<!-- end -->\nb\n<!-- table: recall -->\nkept\n<!-- end -->\n")
     assert filled(made, tmp_path) == made
-
-
-# --- what is trained and measured ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -256,10 +240,6 @@ def test_the_demo_trains_both_encodings_and_prints_table_and_thresholds(
     printed = capsys.readouterr().out
     assert all(threshold.claim in printed for threshold in THRESHOLDS)
     assert printed.count("| xPos, ") == 4
-
-
-def test_plots_are_drawn_from_results(runs: Path, tmp_path: Path) -> None:
-    measured = extrapolate([str(runs)], str(tmp_path), longest=2, windows=2)
+    measured = results_of(*read_cells(tmp_path / "out" / "results.json"))
     for name in ("extrapolation", "by_position"):
         save_plot(PLOTS[name][1](measured), tmp_path / f"{name}.png")
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
