@@ -24,7 +24,7 @@ from train.sources import Source
 from train.tokens import is_bytes, read_tokenizer, separator, tokenizer_from, vocabulary_size
 
 CACHE = "runs/.cache"
-ROWS = 16  # of text that are tokenised together
+ROWS = 8  # of text that are tokenised together
 TEXT = {"name": "string", "text": "string", "last": "bool"}  # columns of a row of text, ...
 TOKENISED = {"name": "string", "last": "bool", "bytes": "int64", "digest": "int64", "place": "float64"}  # ... and then
 
@@ -311,7 +311,7 @@ class TextData(L.LightningDataModule):
                 tokenise,
                 batched=True,
                 batch_size=ROWS,
-                writer_batch_size=ROWS * 16,
+                writer_batch_size=ROWS * 32,
                 remove_columns=["text"],
                 features=datasets.Features(columns | {"tokens": datasets.List(datasets.Value(dtype))}),
                 fn_kwargs={"content": self.tokenizer.to_str(), "dtype": dtype, "split_by": options.split_by},
