@@ -199,7 +199,8 @@ def test_any_tokenizer_has_a_separator_which_no_text_reads_like(special: tuple[s
 def text_data(folder: Path | None, cache: Path, **options: Any) -> TextData:
     shares = {"val_fraction": 0.2, "test_fraction": 0.2}
     paths = None if folder is None else [str(folder)]
-    return TextData(**({"context_length": 16, "paths": paths, "cache": str(cache)} | shares | options))
+    given: dict[str, Any] = {"context_length": 16, "paths": paths, "cache": str(cache)} | shares | options
+    return TextData(**given)
 
 
 def split_of(name: str) -> str:
@@ -208,14 +209,14 @@ def split_of(name: str) -> str:
 
 
 def content(corpus: Corpus) -> dict[str, dict[str, bytes]]:
-    return {split: {d.name: d.tokens.tobytes() for d in corpus.split(split)} for split in SPLITS}
+    return {split: {d.name: d.tokens.tobytes() for d in corpus.splits[split]} for split in SPLITS}
 
 
 def test_every_split_holds_its_documents_in_the_order_of_their_names(tmp_path: Path) -> None:
     folder = write_corpus(tmp_path / "a")
     corpus = text_data(folder, tmp_path / "cache").corpus
     for name in SPLITS:
-        split = corpus.split(name)
+        split = corpus.splits[name]
         expected = [path.name for path in sorted(folder.iterdir()) if split_of(path.name) == name]
         assert [document.name for document in split] == expected
         assert all(bytes(document.tokens) == (folder / document.name).read_bytes() for document in split)
@@ -236,18 +237,17 @@ def test_texts_come_back_whatever_their_sizes(texts: list[str], tmp_path_factory
     corpus = text_data(folder / "a", folder / "cache").corpus
     expected = b"".join(text.encode() + b"\0" for text in texts if text)
     assert bytes(corpus.read(0, len(expected))) == expected
-    assert int(corpus.ends[-1]) == len(expected)
+    assert int(corpus.part_ends[-1]) == len(expected)
 
 
 @pytest.mark.parametrize("files", [1, 2])
 def test_too_few_documents_are_cut_and_no_token_is_in_two_splits(files: int, tmp_path: Path) -> None:
     corpus = text_data(write_corpus(tmp_path / "a", files), tmp_path / "cache").corpus
-    assert corpus.cuts is not None
     for i, path in enumerate(sorted((tmp_path / "a").iterdir())):
-        parts = [bytes(corpus.split(name)[i].tokens) for name in SPLITS]
+        parts = [bytes(corpus.splits[name][i].tokens) for name in SPLITS]
         assert b"".join(parts) == path.read_bytes()
         assert [round(len(part) / path.stat().st_size, 2) for part in parts] == [0.6, 0.2, 0.2]
-    assert sum(corpus.split(name).size for name in SPLITS) == corpus.ends[-1]
+    assert sum(corpus.splits[name].size for name in SPLITS) == corpus.part_ends[-1]
 
 
 def test_all_of_an_outermost_folder_is_held_out_together(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_all_of_an_outermost_folder_is_held_out_together(tmp_path: Path) -> None
         write_corpus(tmp_path / "a" / f"package{i}", files=2, size=8)
     corpus = text_data(tmp_path / "a", tmp_path / "cache", split_by="folder").corpus
     for name in SPLITS:
-        assert {split_of(document.name.split("/")[0]) for document in corpus.split(name)} == {name}
+        assert {split_of(document.name.split("/")[0]) for document in corpus.splits[name]} == {name}
 
 
 def test_holding_out_more_for_validation_never_uses_a_test_document(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def peak():
 TextData(16, paths=[sys.argv[2]], cache=sys.argv[3]).corpus
 before = peak()
 corpus = TextData(16, paths=[sys.argv[1]], cache=sys.argv[3]).corpus
-print(peak() - before, corpus.split("train").size >> 20)
+print(peak() - before, corpus.splits["train"].size >> 20)
 """
 
 
@@ -424,5 +424,6 @@ def test_separate_documents_are_predicted_as_if_each_were_alone(block_size: int 
 
 @pytest.mark.parametrize("name", ["context_length", "batch_size", "max_val_windows", "num_workers"])
 def test_sizes_out_of_range_are_named(name: str) -> None:
+    given: dict[str, Any] = {"context_length": 16} | {name: -1}
     with pytest.raises(UserError, match=f"data.{name} must be . or above, got -1"):
-        TextData(**({"context_length": 16} | {name: -1}))
+        TextData(**given)

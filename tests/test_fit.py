@@ -313,7 +313,7 @@ class Spoil(L.Callback):
     def __init__(self, step: int, value: str):
         self.step, self.value = step, float(value)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.step:
             with torch.no_grad():
                 pl_module.transformer.norm.weight[0] = self.value
