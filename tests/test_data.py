@@ -315,6 +315,15 @@ def test_another_tokenizer_has_tokens_of_its_own(tmp_path: Path) -> None:
         assert of_words.tokens_per_byte(name) == pytest.approx(ratio)
 
 
+def test_a_cache_that_was_cut_short_is_told_in_one_line(tmp_path: Path) -> None:
+    folder, cache = write_corpus(tmp_path / "a"), tmp_path / "cache"
+    _ = text_data(folder, cache).corpus
+    for path in cache.rglob("*.arrow"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"data.cache: {cache} is damaged; remove it"):
+        _ = text_data(folder, cache).corpus
+
+
 KILLED = """
 import os, signal, sys
 from train.data import TextData

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import datasets
 import lightning as L
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
@@ -25,9 +26,6 @@ from train.tokens import is_bytes, read_tokenizer, separator, tokenizer_from, vo
 
 CACHE = "runs/.cache"
 ROWS = 8  # of text that are tokenised together
-TEXT = {"name": "string", "text": "string", "last": "bool"}  # columns of a row of text, ...
-TOKENISED = {"name": "string", "last": "bool", "bytes": "int64", "digest": "int64", "place": "float64"}  # ... and then
-
 SplitBy = Literal["file", "folder"]
 
 
@@ -66,6 +64,34 @@ def tokenise(batch: dict[str, list[Any]], content: str, dtype: str, split_by: Sp
         "digest": [digest(f"{name}\0{text}") for name, text in zip(batch["name"], batch["text"], strict=True)],
         "place": [digest(name) / 2**56 for name in names],
     }
+
+
+def tokenised(source: Source, tokenizer: Tokenizer, split_by: SplitBy, cache: Path) -> datasets.Dataset:
+    """The source's rows of text with their tokens, from the cache if they are there.
+
+    Raises:
+        UserError: the source cannot be read, has no text, or what is cached of it is damaged.
+    """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    cache.mkdir(parents=True, exist_ok=True)
+    dtype = np.min_scalar_type(vocabulary_size(tokenizer) - 1).name
+    try:
+        with FileLock(cache / ".lock"):  # of several processes, one tokenises
+            texts = datasets.Dataset.from_generator(source.rows, cache_dir=str(cache), fingerprint=source.fingerprint)
+            return texts.map(
+                tokenise,
+                batched=True,
+                batch_size=ROWS,
+                writer_batch_size=ROWS * 32,
+                remove_columns=["text"],
+                fn_kwargs={"content": tokenizer.to_str(), "dtype": dtype, "split_by": split_by},
+                desc="tokenise",
+            )
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from error
+    except pa.ArrowInvalid as error:
+        raise UserError(f"data.cache: {cache} is damaged; remove it, and it is made again: {error}") from error
 
 
 class Corpus:
@@ -290,31 +316,7 @@ class TextData(L.LightningDataModule):
             UserError: the source cannot be read, or has no text.
         """
         options = self.options
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
-        Path(options.cache).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(options.cache) / ".lock"):  # of several processes, one tokenises
-            try:
-                texts = datasets.Dataset.from_generator(
-                    self.source.rows,
-                    features=datasets.Features({name: datasets.Value(kind) for name, kind in TEXT.items()}),
-                    cache_dir=options.cache,
-                    fingerprint=self.source.fingerprint,
-                )
-            except DatasetGenerationError as error:
-                raise error.__cause__ or error from error
-            dtype = np.min_scalar_type(self.vocab_size - 1).name
-            columns = {name: datasets.Value(kind) for name, kind in TOKENISED.items()}
-            rows = texts.map(
-                tokenise,
-                batched=True,
-                batch_size=ROWS,
-                writer_batch_size=ROWS * 32,
-                remove_columns=["text"],
-                features=datasets.Features(columns | {"tokens": datasets.List(datasets.Value(dtype))}),
-                fn_kwargs={"content": self.tokenizer.to_str(), "dtype": dtype, "split_by": options.split_by},
-                desc="tokenise",
-            )
+        rows = tokenised(self.source, self.tokenizer, options.split_by, Path(options.cache))
         return Corpus(rows, options.val_fraction, options.test_fraction)
 
     def documents(self, split: str) -> Split:
