@@ -192,6 +192,19 @@ def test_what_does_not_change_the_numbers_may_change_when_a_run_goes_on(
     assert_same_run(fit(tmp_path, **changes), trained)
 
 
+def test_a_run_that_was_moved_and_is_saved_more_often_keeps_one_last_checkpoint(tmp_path: Path, trained: Path) -> None:
+    interrupt(tmp_path, 4)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    changes: dict[str, Any] = {"runs": tmp_path / "moved", "save_every": 2}
+    with pytest.raises(InterruptionError):
+        fit(tmp_path, more=interrupted_at(7), **changes)
+    run = tmp_path / "moved" / "xpos" / "seed1"
+    assert read_checkpoint(run)["global_step"] == 6
+    fit(tmp_path, **changes)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert_same_run(run, trained)
+
+
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
@@ -313,7 +326,7 @@ class Spoil(L.Callback):
     def __init__(self, step: int, value: str):
         self.step, self.value = step, float(value)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.step:
             with torch.no_grad():
                 pl_module.transformer.norm.weight[0] = self.value

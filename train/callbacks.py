@@ -1,5 +1,6 @@
 """What can a training show on its way, by a line of YAML each? Samples of text, and how fast it goes."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from train.errors import UserError
 from train.tokens import byte_tokenizer, decode
+from xpos_zoo import Transformer
 
 
 class SampleText(L.Callback):
@@ -60,11 +62,39 @@ class SampleText(L.Callback):
 
 
 class Throughput(ThroughputMonitor):
-    """Logs Lightning's measures of speed: windows and tokens a second and, on known GPUs, the share of their peak."""
+    """Logs Lightning's measures of speed: windows and tokens a second and, on known GPUs, the share of their peak.
 
-    def __init__(self) -> None:
-        super().__init__(batch_size_fn=lambda batch: len(inputs(batch)), length_fn=lambda batch: inputs(batch).numel())
+    Args:
+        window_size: over how many batches.
+    """
+
+    def __init__(self, window_size: int = 100):
+        super().__init__(
+            batch_size_fn=lambda batch: len(inputs(batch)),
+            length_fn=lambda batch: inputs(batch).numel(),
+            window_size=window_size,
+        )
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        module: Any = trainer.lightning_module
+        tokens = trainer.datamodule.options.batch_size * module.options.context_length  # type: ignore[attr-defined]
+        module.flops_per_batch = tokens * training_flops(module.transformer, module.options.context_length)
+        super().on_train_start(trainer, *args)
 
 
 def inputs(batch: Any) -> torch.Tensor:
     return batch[:, :-1] if isinstance(batch, torch.Tensor) else batch[0]
+
+
+def training_flops(model: Transformer, context_length: int) -> float:
+    """Multiplications and additions a token of a training step: forward, and twice that backward.
+
+    Those of weights that multiply, and of the scores and values that causality leaves: half of all, or in blocks of B
+    those of at most 2B keys. What checkpointed activations compute again does not count.
+    """
+    weights = model.head.weight.numel() + sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
+    scores = sum(
+        4 * attention.num_heads * attention.head_dim * min(context_length / 2, 1.5 * (attention.block_size or math.inf))
+        for attention in model.attentions
+    )
+    return 3 * (2 * weights + scores)

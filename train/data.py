@@ -3,7 +3,7 @@
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import datasets
 import lightning as L
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
@@ -24,10 +25,7 @@ from train.sources import Source
 from train.tokens import is_bytes, read_tokenizer, separator, tokenizer_from, vocabulary_size
 
 CACHE = "runs/.cache"
-ROWS = 16  # of text that are tokenised together
-TEXT = {"name": "string", "text": "string", "last": "bool"}  # columns of a row of text, ...
-TOKENISED = {"name": "string", "last": "bool", "bytes": "int64", "digest": "int64", "place": "float64"}  # ... and then
-
+ROWS = 8  # of text that are tokenised together
 SplitBy = Literal["file", "folder"]
 
 
@@ -57,7 +55,8 @@ def tokenise(batch: dict[str, list[Any]], content: str, dtype: str, split_by: Sp
     """
     tokenizer = cached_tokenizer(content)
     encoded = tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)
-    ends = [[separator(tokenizer)] * last for last in batch["last"]]
+    end = separator(tokenizer)
+    ends = [[end] * last for last in batch["last"]]
     names = [name if split_by == "file" else name.split("/", 1)[0] for name in batch["name"]]
     return {
         "tokens": [np.array(row.ids + end, dtype) for row, end in zip(encoded, ends, strict=True)],
@@ -67,90 +66,115 @@ def tokenise(batch: dict[str, list[Any]], content: str, dtype: str, split_by: Sp
     }
 
 
+def tokenised(source: Source, tokenizer: Tokenizer, split_by: SplitBy, cache: Path) -> datasets.Dataset:
+    """The source's rows of text with their tokens, from the cache if they are there.
+
+    Raises:
+        UserError: the source cannot be read, has no text, or what is cached of it is damaged.
+    """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    cache.mkdir(parents=True, exist_ok=True)
+    dtype = np.min_scalar_type(vocabulary_size(tokenizer) - 1).name
+    try:
+        with FileLock(cache / ".lock"):  # of several processes, one tokenises
+            texts = datasets.Dataset.from_generator(source.rows, cache_dir=str(cache), fingerprint=source.fingerprint)
+            return texts.map(
+                tokenise,
+                batched=True,
+                batch_size=ROWS,
+                writer_batch_size=ROWS * 32,
+                remove_columns=["text"],
+                fn_kwargs={"content": tokenizer.to_str(), "dtype": dtype, "split_by": split_by},
+                desc="tokenise",
+            )
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from error
+    except pa.ArrowInvalid as error:
+        raise UserError(f"data.cache: {cache} is damaged; remove it, and it is made again: {error}") from error
+
+
 class Corpus:
-    """A tokenised text in Arrow files that are mapped into memory, and which part of it is for what.
+    """A tokenised text in Arrow files that are mapped into memory, and its splits: train, val, test.
 
     Documents for test and validation are those whose places are below the fractions held out. Where that leaves a split
     without any document, each document is cut instead: the beginning is for training, the end for test.
     """
 
     def __init__(self, rows: datasets.Dataset, val_fraction: float, test_fraction: float):
-        self.rows, self.fractions = rows, (val_fraction, test_fraction)
-        self.parts = [chunk.flatten().to_numpy() for chunk in rows.data.column("tokens").chunks]
+        self.made_of = rows, val_fraction, test_fraction
+        columns = {name: rows.data.column(name) for name in rows.column_names}
+        last = np.flatnonzero(columns["last"].to_numpy())
+        self.names = columns["name"]
+        self.digest = hashlib.sha256(columns["digest"].to_numpy().tobytes()).hexdigest()
+        self.parts = [chunk.flatten().to_numpy() for chunk in columns["tokens"].chunks]
         self.part_ends = np.cumsum([len(part) for part in self.parts])
-        last = np.flatnonzero(self._column("last"))
-        lengths = np.concatenate([chunk.value_lengths() for chunk in rows.data.column("tokens").chunks])
-        self.last_rows, self.ends = last, np.cumsum(lengths)[last]
-        self.starts = np.concatenate(([0], self.ends[:-1])).astype(np.int64)
-        self.bytes = np.diff(np.cumsum(self._column("bytes"))[last], prepend=0)
-        bounds = {"test": (0.0, test_fraction), "val": (test_fraction, test_fraction + val_fraction)}
-        bounds["train"] = (test_fraction + val_fraction, 1.0)
-        places = self._column("place")[last]
-        self.chosen = {name: np.flatnonzero((low <= places) & (places < high)) for name, (low, high) in bounds.items()}
-        self.cuts: dict[str, tuple[float, float]] | None = None
-        if not all(map(len, self.chosen.values())):
-            self.chosen, self.cuts = {name: np.arange(len(last)) for name in bounds}, bounds
+        ends = np.cumsum(np.concatenate([chunk.value_lengths() for chunk in columns["tokens"].chunks]))[last]
+        lengths = np.diff(ends, prepend=0)
+        sizes = np.diff(np.cumsum(columns["bytes"].to_numpy())[last], prepend=0)
+        places = columns["place"].to_numpy()[last]
+        held_out = test_fraction + val_fraction
+        bounds = {"test": (0.0, test_fraction), "val": (test_fraction, held_out), "train": (held_out, 1.0)}
+        chosen = {name: np.flatnonzero((low <= places) & (places < high)) for name, (low, high) in bounds.items()}
+        if not (whole := all(map(len, chosen.values()))):
+            chosen = dict.fromkeys(bounds, np.arange(len(last)))
+        self.splits = {}
+        for name, documents in chosen.items():
+            low, high = (0.0, 1.0) if whole else bounds[name]  # of a document, from its end
+            starts, stops = (ends - np.round(share * lengths).astype(np.int64) for share in (high, low))
+            tokens_per_byte = lengths[documents].sum() / sizes[documents].sum()
+            self.splits[name] = Split(
+                self, last[documents], starts[documents], stops[documents], ends[documents], float(tokens_per_byte)
+            )
 
     def __reduce__(self) -> Any:  # another process maps the files for itself
-        return Corpus, (self.rows, *self.fractions)
-
-    def _column(self, name: str) -> np.ndarray:
-        return self.rows.data.column(name).to_numpy()
+        return Corpus, self.made_of
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` of all."""
-        first, last = np.searchsorted(self.part_ends, (start, stop - 1), side="right")
-        begins = [self.part_ends[i] - len(self.parts[i]) for i in range(first, last + 1)]
-        return np.concatenate([self.parts[first + i][max(0, start - b) : stop - b] for i, b in enumerate(begins)])
+        return joined(self.part_ends, start, stop, lambda i, a, b: self.parts[i][a - self.part_ends[i] :][: b - a])
 
-    def split(self, name: str) -> "Split":
-        chosen = self.chosen[name]
-        starts, stops = self.starts[chosen], self.ends[chosen]
-        if self.cuts is not None:
-            low, high = (np.round(share * (stops - starts)).astype(np.int64) for share in self.cuts[name])
-            starts, stops = stops - high, stops - low
-        return Split(self, chosen, starts, stops)
+
+def joined(ends: np.ndarray, start: int, stop: int, piece: Callable[[int, int, int], np.ndarray]) -> np.ndarray:
+    """From `start` to `stop` in a row of pieces that end at `ends`, of which piece(i, a, b) is the i-th from a to b."""
+    found = []
+    while start < stop:
+        i = int(np.searchsorted(ends, start, side="right"))
+        end = min(stop, int(ends[i]))
+        found.append(piece(i, start, end))
+        start = end
+    return np.concatenate(found)
 
 
 class Split(Sequence[Document]):
-    """The documents of a split, and all their tokens in one row."""
+    """The documents of a split, each `start` to `stop` in the corpus, and all their tokens in one row."""
 
-    def __init__(self, corpus: Corpus, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray):
-        self.corpus, self.documents, self.starts, self.stops = corpus, documents, starts, stops
+    def __init__(
+        self, corpus: Corpus, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, ends: np.ndarray, ratio: float
+    ):
+        self.corpus, self.rows, self.starts, self.stops = corpus, rows, starts, stops
+        self.tokens_per_byte = ratio
+        self.whole = stops == ends  # with the separator at its end
         self.row_ends = np.cumsum(stops - starts)
-
-    @property
-    def size(self) -> int:
-        """Tokens, separators included."""
-        return int(self.row_ends[-1])
-
-    @property
-    def tokens_per_byte(self) -> float:
-        documents = self.documents
-        tokens = self.corpus.ends[documents] - self.corpus.starts[documents]
-        return float(tokens.sum() / self.corpus.bytes[documents].sum())
+        self.size = int(self.row_ends[-1])  # tokens, separators included
 
     def __len__(self) -> int:
-        return len(self.documents)
+        return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        document, start, stop = (int(values[index]) for values in (self.documents, self.starts, self.stops))
-        end = stop - (stop == self.corpus.ends[document])  # without the separator
-        name = self.corpus.rows.data.column("name")[int(self.corpus.last_rows[document])].as_py()
-        return Document(name, self.corpus.read(start, end))
+        start, stop = int(self.starts[index]), int(self.stops[index] - self.whole[index])
+        return Document(self.corpus.names[int(self.rows[index])].as_py(), self.corpus.read(start, stop))
 
     def read(self, start: int, length: int) -> np.ndarray:
         """`length` tokens of the row."""
-        first, last = np.searchsorted(self.row_ends, (start, start + length - 1), side="right")
-        found = []
-        for i in range(first, last + 1):
-            begin = self.stops[i] - self.row_ends[i]  # of the row, in the corpus
-            found.append(
-                self.corpus.read(max(begin + start, self.starts[i]), min(begin + start + length, self.stops[i]))
-            )
-        return np.concatenate(found)
+
+        def piece(i: int, a: int, b: int) -> np.ndarray:
+            shift = int(self.stops[i] - self.row_ends[i])
+            return self.corpus.read(a + shift, b + shift)
+
+        return joined(self.row_ends, start, start + length, piece)
 
 
 class Windows(Dataset[Tensor | tuple[Tensor, ...]]):
@@ -292,45 +316,20 @@ class TextData(L.LightningDataModule):
             UserError: the source cannot be read, or has no text.
         """
         options = self.options
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
-        Path(options.cache).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(options.cache) / ".lock"):  # of several processes, one tokenises
-            try:
-                texts = datasets.Dataset.from_generator(
-                    self.source.rows,
-                    features=datasets.Features({name: datasets.Value(kind) for name, kind in TEXT.items()}),
-                    cache_dir=options.cache,
-                    fingerprint=self.source.fingerprint,
-                )
-            except DatasetGenerationError as error:
-                raise error.__cause__ or error from error
-            dtype = np.min_scalar_type(self.vocab_size - 1).name
-            columns = {name: datasets.Value(kind) for name, kind in TOKENISED.items()}
-            rows = texts.map(
-                tokenise,
-                batched=True,
-                batch_size=ROWS,
-                writer_batch_size=ROWS * 16,
-                remove_columns=["text"],
-                features=datasets.Features(columns | {"tokens": datasets.List(datasets.Value(dtype))}),
-                fn_kwargs={"content": self.tokenizer.to_str(), "dtype": dtype, "split_by": options.split_by},
-                desc="tokenise",
-            )
+        rows = tokenised(self.source, self.tokenizer, options.split_by, Path(options.cache))
         return Corpus(rows, options.val_fraction, options.test_fraction)
 
     def documents(self, split: str) -> Split:
         """The documents of `split`: train, val or test."""
-        return self.corpus.split(split)
+        return self.corpus.splits[split]
 
     def tokens_per_byte(self, split: str) -> float:
         """Of the split's text, separators being one of each: what makes losses of different tokens comparable."""
-        return self.corpus.split(split).tokens_per_byte
+        return self.corpus.splits[split].tokens_per_byte
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the text's hash, and the tokenizer, without which its model is of no use."""
-        digests = self.corpus.rows.data.column("digest").to_numpy()
-        return {"text_sha256": hashlib.sha256(digests.tobytes()).hexdigest(), "tokenizer": self.tokenizer.to_str()}
+        return {"text_sha256": self.corpus.digest, "tokenizer": self.tokenizer.to_str()}
 
     def prepare_data(self) -> None:
         _ = self.corpus

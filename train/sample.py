@@ -1,5 +1,7 @@
 """`python -m train.sample --checkpoint runs/xpos/seed1 --prompt "def "`: text from a trained model, as it comes."""
 
+from itertools import chain, islice
+
 import torch
 
 from train.checkpoint import find_checkpoint, load_checkpoint
@@ -70,7 +72,7 @@ def sample(
         raise UserError(str(error)) from error
     print(prompt, end="", flush=True)
     try:
-        for text in decode(tokenizer, map(int, stream)):
+        for text in islice(decode(tokenizer, chain(begin, map(int, stream))), len(begin), None):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         pass  # enough text
