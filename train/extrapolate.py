@@ -158,9 +158,7 @@ def write_report(results: Results, folder: Path) -> None:
     sections += [f"Perplexity a {unit}:", perplexity_table(results)]
     sections += ["Bits a byte:", loss_table(results, lambda loss: f"{loss * bits:.3f}")]
     if "chunked" in results.tables:
-        sections += [
-            "Perplexity of text cut into pieces of each length; longer ones have fewer early targets:"
-        ]
+        sections += ["Perplexity of text cut into pieces of each length; longer ones have fewer early targets:"]
         sections += [perplexity_table(results, "chunked")]
     with replacing(folder / "report.md") as draft:
         draft.write_text("\n\n".join(sections) + "\n")
