@@ -49,6 +49,8 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 def test_slopes_are_the_published_ones(heads: int, exponents: list[float]) -> None:
     expected = [2.0**-e for e in exponents]
     assert alibi_slopes(heads).tolist() == pytest.approx(expected, rel=4 * torch.finfo(torch.float32).eps)
+    with pytest.raises(ValueError, match="num_heads must be above 0 and an integer, got 0"):
+        ALiBi(8, num_heads=0)
 
 
 @pytest.mark.parametrize("block_size", [None, 12])
@@ -57,11 +59,6 @@ def test_attention_equals_the_formula(block_size: int | None) -> None:
     for positions, slopes in ((partial(ALiBi, num_heads=4), [2.0**-e for e in (2, 4, 6, 8)]), (NoPositions, [0.0] * 4)):
         block = attention(positions, block_size=block_size)
         assert_same(block(x), by_formula(block, x, slopes))
-
-
-def test_a_number_of_heads_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_heads must be above 0 and an integer, got 0"):
-        ALiBi(8, num_heads=0)
 
 
 def angles(module: PositionModule) -> Tensor:

@@ -22,15 +22,7 @@ from train.measure import Results, read_cells, results_of, save_plot, write_cell
 
 L = 16
 MODES = ("dense", "log-n", "tail", "BCA", "recompute")
-CLAIMS = (
-    "collapse",
-    "xPos dense",
-    "flat",
-    "open context, with log-n",
-    "open context, with a soft tail",
-    "fair win",
-    "no worse",
-)
+CLAIMS = ("collapse", "xPos dense", "flat", "open context, with log", "open context, with a", "fair win", "no worse")
 Rise = Callable[[float], float]  # of the context in trained lengths
 
 
@@ -96,13 +88,6 @@ def test_a_threshold_is_met_on_its_one_side_and_missed_on_the_other(
     assert figure in verdict
 
 
-def test_flat_is_judged_by_the_upper_end_of_the_interval() -> None:
-    unsteady = cell("xPos", "BCA", flat)
-    loss = unsteady["tables"]["loss"]
-    loss["loss"][loss["context"].index(4 * L)] += 0.06  # of one window in four: 0.015 in the mean
-    assert told([unsteady])["flat"].startswith("MISSED")
-
-
 def test_the_fair_comparison_is_reported_whichever_way_it_falls() -> None:
     for xpos, rope, sign in ((0.03, 0.01, "+0.0200"), (0.01, 0.05, "-0.0400")):
         pairs = itertools.product((("xPos", xpos), ("RoPE", rope)), (1, 2))
@@ -123,7 +108,10 @@ def test_a_threshold_is_not_judged_before_its_context_is_reached(longest: int, e
     told_as = {"-": "not measured", "+": "met", "r": "reported, whichever way it falls"}
     assert [verdict.split(": ")[0] for verdict in found.values()] == [told_as[each] for each in expected]
     assert all(verdict.startswith("not measured") for verdict in told([cell("ALiBi", "dense", flat)]).values())
-    assert told([cell("xPos", "BCA", at(x2=0.2), longest=2)])["flat"].startswith("MISSED: ")
+    early, unsteady = cell("xPos", "BCA", at(x2=0.2), longest=2), cell("xPos", "BCA", flat)
+    assert told([early])["flat"].startswith("MISSED: ")
+    unsteady["tables"]["loss"]["loss"][-1] += 0.06  # of one window in four: 0.015 in the mean, the upper end is higher
+    assert told([unsteady])["flat"].startswith("MISSED: ")
 
 
 def test_the_documents_hold_every_table_as_the_results_have_it() -> None:
@@ -210,19 +198,13 @@ def test_encodings_that_differ_in_scale_base_are_named_by_it(small: dict[str, An
     assert small["trained"] == [("scale_base2", 1)]
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--seeds", "[]"], "seeds must be different ones, one at least, got ()"),
+def test_a_wrong_argument_is_told_in_one_line(small: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    for args, message in (
         (["--seeds", "[1, 1]"], "seeds must be different ones, one at least, got (1, 1)"),
         (["--only", "[los]"], "only must name measurements, got los"),
         (["--size", "huge"], "huge"),
-    ],
-)
-def test_a_wrong_argument_is_told_in_one_line(
-    args: list[str], message: str, small: dict[str, Any], capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert message in complaint_of(partial(command, study_main.study), args, capfd)
+    ):
+        assert message in complaint_of(partial(command, study_main.study), args, capfd)
 
 
 def test_the_demo_trains_both_encodings_and_prints_table_and_thresholds(

@@ -45,10 +45,12 @@ def choose_windows(documents: Sequence[Document], length: int, count: int) -> tu
         for document in documents:
             most = max(most, len(document.tokens))
             fit, rest = divmod(len(document.tokens), length)
-            if turn < fit and len(windows) < count:
+            if turn < fit:
                 start = rest // 2 + turn * length
                 windows.append(torch.from_numpy(document.tokens[start : start + length].astype(np.int64)))
                 names.append(document.name)
+            if len(windows) == count:  # reads no document more than it must
+                break
         turn += 1
     if not windows:
         raise UserError(f"longest: no held-out document has the {length} tokens of a window, the longest has {most}")
