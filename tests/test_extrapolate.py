@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import train.extrapolate
 from train.data import Document
 from train.errors import UserError, command
-from train.extrapolate import binned, choose_windows, extrapolate, losses_of, target_losses, token_losses
+from train.extrapolate import binned, choose_windows, extrapolate, losses_of, pieced_losses, token_losses
 from train.measure import octaves
 from train.modes import Mode, SlidingWindow, standard_modes
 from xpos_zoo import XPOS, LogNScaling, MultiHeadAttention, RotaryEmbedding, SoftTail, Transformer
@@ -31,6 +31,10 @@ ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a logit, the sum over the vo
 def model(layers: int = 2, **options: Any) -> Any:
     torch.manual_seed(0)
     return sharpened(Transformer(256, 16, layers, 2, **options))
+
+
+def targets_of(predict: Any, windows: Tensor, context: int) -> Tensor:
+    return pieced_losses(predict, windows[:, -max(context, TARGETS) - 1 :], context)[:, -TARGETS:]
 
 
 @torch.no_grad()
@@ -54,7 +58,7 @@ def test_every_target_is_predicted_from_the_context_alone(positions: Any, mode: 
     predict = partial(token_losses, transformer, recompute=L // 2 if chosen.recompute else None)
     windows = random_windows(2, 8 * L + 1)
     for context in CONTEXTS:
-        found = target_losses(predict, windows, context, TARGETS)[:, -TARGETS:]
+        found = targets_of(predict, windows, context)
         expected = torch.tensor([by_hand(transformer, window, context, chosen.recompute) for window in windows])
         torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING * float(expected.max()))
 
@@ -62,11 +66,11 @@ def test_every_target_is_predicted_from_the_context_alone(positions: Any, mode: 
 def test_a_model_without_memory_has_the_same_losses_at_every_context(monkeypatch: pytest.MonkeyPatch) -> None:
     predict = partial(token_losses, nn.Embedding(256, 256))  # type: ignore[arg-type]
     windows = random_windows(7, 8 * L + 1)
-    whole = target_losses(predict, windows, 8 * L, TARGETS)[:, -TARGETS:]
+    whole = targets_of(predict, windows, 8 * L)
     for at_once in (1, 3 * L, 8192):  # nor do losses depend on how many windows go through together
         monkeypatch.setattr(train.extrapolate, "TOKENS_AT_ONCE", at_once)
         for context in CONTEXTS:
-            found = target_losses(predict, windows, context, TARGETS)[:, -TARGETS:]
+            found = targets_of(predict, windows, context)
             torch.testing.assert_close(found, whole, rtol=ROUNDING, atol=0)
 
 
@@ -92,15 +96,6 @@ def test_blockwise_losses_are_those_of_pieces_and_of_a_cache() -> None:
         logits = torch.cat([blockwise(part, cache) for part in windows[:, :-1].split(5, 1)], 1)
     cached = torch.nn.functional.cross_entropy(logits.mT.float(), windows[:, 1:], reduction="none")
     torch.testing.assert_close(cached, whole, rtol=0, atol=ROUNDING * float(whole.max()))
-
-
-def test_recomputed_tokens_have_between_half_and_all_of_the_trained_length() -> None:
-    transformer, windows, half = model(layers=1), random_windows(2, 4 * L + 1), L // 2
-    found = token_losses(transformer, windows, recompute=half)
-    for p in range(4 * L):
-        begin = 0 if p < L else (p - half) // half * half
-        expected = token_losses(transformer, windows[:, begin : p + 2])[:, -1]
-        torch.testing.assert_close(found[:, p], expected, rtol=0, atol=2 * ROUNDING * float(expected.max()))
 
 
 def test_a_position_module_is_rescaled_for_each_context_from_the_trained_one() -> None:
@@ -209,20 +204,16 @@ def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(
     assert str(tmp_path / "out" / "extrapolation.png") in printed
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["nowhere"], "runs: there is no trained run in 'nowhere'"),
-        (["{runs}", "--longest", "3"], "longest a power of two, got 24 and 3"),
-        (["{runs}", "--windows", "0"], "windows must be above 0, and longest a power of two, got 0 and 64"),
-        (["{runs}", "--log_n", "-1"], "log_n or tail: coefficient must be 0 or above and finite, got -1"),
-        (["{runs}", "--tail", ".inf"], "log_n or tail: power must be 0 or above and finite, got inf"),
-        (["{runs}", "--modes", "[loose]"], "loose"),
-    ],
-)
 def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(
-    args: list[str], message: str, runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    given = [arg.format(runs=runs) for arg in args]
-    assert message in complaint_of(partial(command, extrapolate), [*given, "--output", str(tmp_path / "out")], capfd)
-    assert not (tmp_path / "out").exists()
+    for options, message in (
+        ("--longest=3", "longest a power of two, got 24 and 3"),
+        ("--windows=0", "windows must be above 0, and longest a power of two, got 0 and 64"),
+        ("--log_n=-1", "log_n or tail: coefficient must be 0 or above and finite, got -1"),
+        ("--tail=.inf", "log_n or tail: power must be 0 or above and finite, got inf"),
+        ("--modes=[loose]", "loose"),
+    ):
+        args = [str(runs), options, "--output", str(tmp_path / "out")]
+        assert message in complaint_of(partial(command, extrapolate), args, capfd)
+        assert not (tmp_path / "out").exists()

@@ -89,11 +89,6 @@ def pieced_losses(predict: Predict, windows: Tensor, context: int) -> Tensor:
     return predict(pieces.flatten(0, 1)).view(len(windows), -1)
 
 
-def target_losses(predict: Predict, windows: Tensor, context: int, targets: int) -> Tensor:
-    """Losses of the windows' last tokens, at least `targets`, the last of them from at most `context` before them."""
-    return pieced_losses(predict, windows[:, -max(context, targets) - 1 :], context)
-
-
 def losses_of(model: Transformer, mode: Mode, windows: Tensor, length: int) -> dict[str, pd.DataFrame]:
     """Mean loss of every window at every context, and by position in the longest.
 
@@ -107,7 +102,7 @@ def losses_of(model: Transformer, mode: Mode, windows: Tensor, length: int) -> d
         if mode.rescale is not None and context > length:
             for attention, positions in zip(model.attentions, trained, strict=True):
                 attention.positions = mode.rescale(positions, context / length).to(windows.device)
-        losses = target_losses(predict, windows, context, targets).cpu()
+        losses = pieced_losses(predict, windows[:, -max(context, targets) - 1 :], context).cpu()  # the targets last
         mean = losses[:, -targets:].mean(1)
         means.append(pd.DataFrame({"context": context, "window": range(len(mean)), "loss": mean}))
         if mode.name in CHUNKED:
