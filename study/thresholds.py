@@ -59,8 +59,8 @@ def rise_at(line: Line, multiple: int, holds: Callable[[float], bool]) -> Judge:
 
 
 def flat(losses: Losses) -> tuple[bool, str]:
-    upper, rise, multiple = max((rise[2], rise, m) for m, rise in rises(losses, ("xPos", "BCA"), 64).items())
-    return upper <= 0.02, f"at most {nats(rise, 4)}, at {multiple:g} L"
+    multiple, rise = max(rises(losses, ("xPos", "BCA"), 64).items(), key=lambda item: item[1][2])
+    return rise[2] <= 0.02, f"at most {nats(rise, 4)}, at {multiple:g} L"
 
 
 def open_context(mode: str) -> Judge:
@@ -80,7 +80,8 @@ def fair_win(losses: Losses) -> tuple[None, str]:
 
 def recompute(losses: Losses) -> tuple[bool, str]:
     ours, theirs = (losses["xPos", mode] for mode in ("BCA", "recompute"))
-    difference, multiple = max((estimate(ours[m] - theirs[m]), m) for m in ours if 1 < m <= 64)
+    found = {multiple: estimate(ours[multiple] - theirs[multiple]) for multiple in sorted(ours) if 1 < multiple <= 64}
+    multiple, difference = max(found.items(), key=lambda item: item[1][0])
     return difference[0] <= 0.01, f"at most {nats(difference, 4)}, at {multiple:g} L"
 
 
