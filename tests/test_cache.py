@@ -30,7 +30,6 @@ from torch import Tensor
 
 from xpos_zoo import XPOS, KeyValueCache, LogNScaling, MultiHeadAttention, PositionModule, SoftTail
 from xpos_zoo.attend import attend
-from xpos_zoo.cache import LayerCache
 from xpos_zoo.plan import Pattern, Tokens, make_plan
 
 splits = st.lists(st.one_of(st.just(1), st.integers(0, 5), st.integers(0, 40)), min_size=1, max_size=8)
@@ -52,8 +51,18 @@ def in_pieces(
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
-def one_layer(*args, max_length: int | None = None, **options) -> KeyValueCache:
-    return KeyValueCache([LayerCache(*args, max_length=max_length, **options)], max_length)
+def one_layer(
+    b: int,
+    g: int,
+    d: int,
+    positions: PositionModule,
+    *,
+    max_length: int | None = None,
+    block_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> KeyValueCache:
+    attention = MultiHeadAttention(g * d, g, positions=lambda head_dim: positions, block_size=block_size)
+    return attention.make_cache(b, max_length, dtype=dtype)
 
 
 @given(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from xpos_zoo.attend import attend
 from xpos_zoo.bias import DistanceBias, LogNScaling
-from xpos_zoo.cache import KeyValueCache, LayerCache, part_size
-from xpos_zoo.checks import as_size, require_integers, require_sizes
+from xpos_zoo.cache import KeyValueCache, LayerCache
+from xpos_zoo.checks import as_integer, require_integers, require_sizes
 from xpos_zoo.plan import Pattern, Plan, Tokens, make_plan, precision
 from xpos_zoo.rotary import PositionModule
 from xpos_zoo.xpos import XPOS
@@ -73,7 +73,7 @@ class MultiHeadAttention(nn.Module):
                     f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}; or give head_dim"
                 )
             head_dim = embed_dim // num_heads
-        head_dim = as_size("head_dim", head_dim, "even and above 0", even=True)
+        head_dim = as_integer("head_dim", head_dim, allowed="even and above 0", even=True)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.embed_dim = embed_dim
@@ -94,7 +94,7 @@ class MultiHeadAttention(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "block_size" and value is not None:
-            value = as_size("block_size", value, "above 0 and an integer, or None for dense attention")
+            value = as_integer("block_size", value, allowed="above 0 and an integer, or None for dense attention")
         if name == "positions" and (not isinstance(value, PositionModule) or len(value.rates) != self.head_dim // 2):
             raise ValueError(f"positions must give a PositionModule with a rate for each pair, got {value}")
         if name == "query_scaling" and not (value is None or isinstance(value, LogNScaling)):
@@ -121,37 +121,8 @@ class MultiHeadAttention(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> KeyValueCache:
-        """An empty cache for `forward`, of the attention pattern that `block_size` asks for now.
-
-        Args:
-            batch_size: rows.
-            max_length: tokens a row that dense attention has room for. Blockwise attention needs none: it keeps two
-                blocks, for ever.
-            dtype, device: by default those of the weights; under autocast its dtype.
-
-        Raises:
-            ValueError: a size is not positive, or max_length is missing for dense attention.
-        """
-        return KeyValueCache([self.layer_cache(batch_size, max_length, dtype, device)], max_length)
-
-    def layer_cache(
-        self, batch_size: int, max_length: int | None, dtype: torch.dtype | None, device: torch.device | None
-    ) -> LayerCache:
-        """This layer's part of a `KeyValueCache`; arguments as for `make_cache`."""
-        device = self.k_proj.weight.device if device is None else device
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else self.k_proj.weight.dtype
-        return LayerCache(
-            batch_size,
-            self.num_kv_heads,
-            self.head_dim,
-            self.positions,
-            max_length=max_length,
-            block_size=self.block_size,
-            dtype=dtype,
-            device=device,
-        )
+        """An empty cache for `forward`, of the attention pattern that `block_size` asks for now: see `KeyValueCache`."""
+        return KeyValueCache([self], batch_size, max_length, dtype=dtype, device=device)
 
     @property
     def pattern(self) -> Pattern:
@@ -241,7 +212,10 @@ def plan_layers(
     if cache is None and lengths is not None:
         raise ValueError("lengths must be None without a cache: causal attention never sees right padding")
     if cache is not None:
-        check_cache(layers, cache, b)
+        if len(cache.layers) != len(layers):
+            raise ValueError(f"cache must have {len(layers)} layers, got {len(cache.layers)}")
+        for i, layer in enumerate(layers):
+            cache[i].check(layer, b)
     known = torch.amp.is_autocast_available(x.device.type)  # the meta device is not
     autocast = known and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     tokens = Tokens(
@@ -260,21 +234,3 @@ def plan_layers(
         made = next((plan for plan in plans if plan.key[:-1] == pattern.key), None)
         plans.append(made or make_plan(pattern, tokens, None if cache is None else cache[i]))
     return plans
-
-
-def check_cache(layers: list[MultiHeadAttention], cache: KeyValueCache, batch_size: int) -> None:
-    if len(cache.layers) != len(layers):
-        raise ValueError(f"cache must have {len(layers)} layers, got {len(cache.layers)}")
-    for layer, own in zip(layers, cache.layers, strict=True):
-        assert isinstance(own, LayerCache)
-        if own.block_size != layer.block_size:
-            raise ValueError(f"cache must be made for block_size={layer.block_size}, got one for {own.block_size}")
-        parts = min(part_size(layer.positions, layer.block_size), own.slots)
-        if own.part_size != parts:
-            raise ValueError(f"cache must have the parts of {parts} keys of these positions, got {own.part_size}")
-        kept = own.k.shape
-        if (kept[0], kept[1], kept[3]) != (batch_size, layer.num_kv_heads, layer.head_dim):
-            raise ValueError(
-                f"cache must have batch size {batch_size}, {layer.num_kv_heads} heads and head_dim {layer.head_dim}, "
-                f"got {kept[0]}, {kept[1]} and {kept[3]}"
-            )

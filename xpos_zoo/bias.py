@@ -24,7 +24,7 @@ class DistanceBias(Protocol):
         ...
 
 
-def check_limits(name: str, value: float, trained_length: int) -> None:
+def check(name: str, value: float, trained_length: int) -> None:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be 0 or above and finite, got {value}")
     if not trained_length > 0:
@@ -35,9 +35,9 @@ def check_limits(name: str, value: float, trained_length: int) -> None:
 class SoftTail:
     """Let the weight of keys beyond the trained length fall off, at evaluation time and without any training.
 
-    At distance m > trained_length, -power * ln(m / trained_length) is added to the logit, at others nothing: weights
-    then fall as m^-power, and for a power above 1 the sheer number of far keys cannot drown the near ones (a convergent
-    tail, as in KERPLE's logarithmic kernel, Chi et al. 2022, arXiv 2205.09921).
+    At distance m > trained_length, -power * ln(m / trained_length) is added to the logit: weights then fall as
+    m^-power, and for a power above 1 the sheer number of far keys cannot drown the near ones (a convergent tail, as in
+    KERPLE's logarithmic kernel, Chi et al. 2022, arXiv 2205.09921).
 
     Raises:
         ValueError: power is negative or infinite, or trained_length is not positive.
@@ -47,7 +47,7 @@ class SoftTail:
     trained_length: int
 
     def __post_init__(self) -> None:
-        check_limits("power", self.power, self.trained_length)
+        check("power", self.power, self.trained_length)
 
     def __call__(self, distance: Tensor) -> Tensor:
         """The bias at each distance, float32, in the shape of `distance`; 0 at negative ones."""
@@ -69,7 +69,7 @@ class LogNScaling:
     trained_length: int
 
     def __post_init__(self) -> None:
-        check_limits("coefficient", self.coefficient, self.trained_length)
+        check("coefficient", self.coefficient, self.trained_length)
 
     def __call__(self, visible_keys: Tensor, dtype: torch.dtype) -> Tensor:
         """The factor of queries that see so many keys, in `dtype`, in the shape of `visible_keys`."""

@@ -265,9 +265,8 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> KeyValueCache:
-        """An empty cache for `forward`; see `MultiHeadAttention.make_cache`."""
-        layers = (attention.layer_cache(batch_size, max_length, dtype, device) for attention in self.attentions)
-        return KeyValueCache(layers, max_length)
+        """An empty cache for `forward`; see `KeyValueCache`."""
+        return KeyValueCache(self.attentions, batch_size, max_length, dtype=dtype, device=device)
 
     def forward(
         self,
