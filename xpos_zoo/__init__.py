@@ -3,6 +3,7 @@
 from xpos_zoo.attention import MultiHeadAttention
 from xpos_zoo.bias import DistanceBias, LogNScaling, SoftTail
 from xpos_zoo.cache import KeyValueCache
+from xpos_zoo.pretrained import TransformerConfig
 from xpos_zoo.rotary import (
     PositionModule,
     RotaryEmbedding,
@@ -24,6 +25,7 @@ __all__ = [
     "RotaryEmbedding",
     "SoftTail",
     "Transformer",
+    "TransformerConfig",
     "apply_rotary_pos_emb",
     "duplicate_interleave",
     "fixed_pos_embedding",

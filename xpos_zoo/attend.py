@@ -1,8 +1,8 @@
 """Attention by a plan: chunks of queries on windows of keys.
 
-Axes: b batch, n queries, m keys, h heads, g key-value heads (h is a multiple of g), r = h/g, d head dimension, j blocks
-or parts, w tokens in a block, p keys in a part, s slots of a cache. Heads stand behind the sequence, as projections
-leave them, so that blocks are views and nothing is copied to bring attention's output back.
+Axes: b batch, n queries, m keys, h heads, g key-value heads, r = h/g, d head dimension, j blocks or parts, w tokens in
+a block, p keys in a part, s slots of a cache. Heads stand behind the sequence, as projections leave them, so that
+blocks are views and attention's output is not copied.
 """
 
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from xpos_zoo.cache import LayerCache
 from xpos_zoo.plan import Pattern, Plan, Window, block_count, chunks, known
 from xpos_zoo.rotary import at_least_float32
 
-PARTS_AT_ONCE = 64  # whose keys are converted at a time where no kernel multiplies halves into float32
+PARTS_AT_ONCE = 64  # whose keys are converted to float32 at a time: never the whole cache
 
 
 def attend(
@@ -35,8 +35,7 @@ def attend(
     Args:
         plan: made for these shapes.
         pattern: the layer's own; its bias may have parameters of the layer.
-        cache: the layer's; k and v are appended to it, in blocks when it is told to `commit`, and q attends to all that
-            it holds. Not to be differentiated then.
+        cache: the layer's; k and v are appended to it (blocks await `commit`), and q attends to all that it holds.
     """
     rotated, blocks = pattern.positions.rotated, len(plan.windows) > 1
     if cache is not None:
@@ -77,7 +76,7 @@ def attend_blocks(
     run = partial(attend_window, plan=plan, pattern=pattern, dropout_p=dropout_p)
     seen = (torch.cat((t[:, :-1], own[:, 1:]), dim=2) for t, own in ((before, k), (v, v)))
     rest = (rearrange(t, "b j w h d -> (b j) w h d") for t in (q[:, 1:], *seen))
-    attended = rearrange(run(*rest, plan.windows[1]), "(b j) w h d -> b (j w) h d", j=q.shape[1] - 1)
+    attended = rearrange(run(*rest, window=plan.windows[1]), "(b j) w h d -> b (j w) h d", j=q.shape[1] - 1)
     attended = torch.cat((run(q[:, 0], k[:, 0], v[:, 0], plan.windows[0]), attended), dim=1)
     return attended[:, :n] if slots is None or slots.asked is None else gathered(attended, slots.asked)
 
@@ -161,10 +160,7 @@ def attend_parts(q: Tensor, k: Tensor, v: Tensor, plan: Plan, pattern: Pattern) 
 
 
 def products(versions: Tensor, keys: Tensor) -> Tensor:
-    """Products of queries (b, g, j, r, d) and keys (b, g, j, p, d), (b, g, j, r, p), in float32 at least.
-
-    Keys in half precision are never copied to float32 as a whole.
-    """
+    """Products of queries (b, g, j, r, d) and keys (b, g, j, p, d), (b, g, j, r, p), in float32 at least."""
     dtype = at_least_float32(keys.dtype)
     if keys.dtype == dtype:
         return versions @ keys.mT

@@ -12,16 +12,13 @@ from torch import Tensor
 
 
 class DistanceBias(Protocol):
-    """A function of how far a key lies before a query, added to their scaled score before the softmax."""
+    """A function of how far a key lies before a query, added to their scaled score before the softmax.
 
-    def __call__(self, distance: Tensor) -> Tensor:
-        """The bias, float32, broadcasting against (b, h, n, m); minus infinity hides a key.
+    `distance`, query's position minus key's, holds integers (b, 1, n, m), at least 0 wherever the query may look. The
+    bias is float32 and broadcasts against (b, h, n, m); minus infinity hides a key.
+    """
 
-        Args:
-            distance: position of the query minus that of the key, integers (..., n, m) with an axis of 1 for the heads:
-                0 or above wherever the query may look. Elsewhere it may be negative, and the bias does not count.
-        """
-        ...
+    def __call__(self, distance: Tensor) -> Tensor: ...
 
 
 def check(name: str, value: float, trained_length: int) -> None:
@@ -37,10 +34,8 @@ class SoftTail:
 
     At distance m > trained_length, -power * ln(m / trained_length) is added to the logit: weights then fall as
     m^-power, and for a power above 1 the sheer number of far keys cannot drown the near ones (a convergent tail, as in
-    KERPLE's logarithmic kernel, Chi et al. 2022, arXiv 2205.09921).
-
-    Raises:
-        ValueError: power is negative or infinite, or trained_length is not positive.
+    KERPLE's logarithmic kernel, Chi et al. 2022, arXiv 2205.09921). ValueError if power is negative or infinite, or
+    trained_length is not positive.
     """
 
     power: float
@@ -50,7 +45,6 @@ class SoftTail:
         check("power", self.power, self.trained_length)
 
     def __call__(self, distance: Tensor) -> Tensor:
-        """The bias at each distance, float32, in the shape of `distance`; 0 at negative ones."""
         return -self.power * torch.log((distance.float() / self.trained_length).clamp(min=1))
 
 
@@ -59,10 +53,8 @@ class LogNScaling:
     """Sharpen queries that see more keys than in training, at evaluation time and without any training.
 
     A query that sees n keys is multiplied by 1 + coefficient * ln(n / trained_length) if n is above trained_length, so
-    that the sheer number of far keys does not drown the near ones (log-n scaling; Llama 4 uses 0.1).
-
-    Raises:
-        ValueError: coefficient is negative or infinite, or trained_length is not positive.
+    that the sheer number of far keys does not drown the near ones (log-n scaling; Llama 4 uses 0.1). ValueError if
+    coefficient is negative or infinite, or trained_length is not positive.
     """
 
     coefficient: float
@@ -72,5 +64,4 @@ class LogNScaling:
         check("coefficient", self.coefficient, self.trained_length)
 
     def __call__(self, visible_keys: Tensor, dtype: torch.dtype) -> Tensor:
-        """The factor of queries that see so many keys, in `dtype`, in the shape of `visible_keys`."""
         return 1 + self.coefficient * torch.log((visible_keys.to(dtype) / self.trained_length).clamp(min=1))

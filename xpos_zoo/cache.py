@@ -21,9 +21,9 @@ from xpos_zoo.rotary import PositionModule
 
 
 def part_size(positions: PositionModule, block_size: int | None = None, most: int = sys.maxsize) -> int:
-    """How many keys share an origin: so many that none of their factors is above 2, and at most `most`.
+    """How many keys share an origin: so many that no factor is above 2, for any cache may become float16.
 
-    So even keys in float16, which any cache may become, keep their size. A divisor of block_size, or a power of two.
+    A divisor of block_size, or a power of two that is at most `most`.
     """
     limit = max(1, positions.max_span(torch.float16) // 8)
     if block_size is None:
@@ -32,7 +32,7 @@ def part_size(positions: PositionModule, block_size: int | None = None, most: in
 
 
 def layout(attention: Any, most: int) -> dict[str, int | None]:
-    """What a cache with room for `most` tokens has in common with the attention that it is for."""
+    """What a cache for `most` tokens has in common with the attention that it is for."""
     own = {name: getattr(attention, name) for name in ("num_kv_heads", "head_dim", "block_size")}
     return own | {"part_size": part_size(attention.positions, attention.block_size, most)}
 
@@ -42,13 +42,13 @@ class Slots:
     """Where in a layer's cache new keys and values go, and where blocks find theirs.
 
     Attributes:
-        row, slot: token (b, n) of each row goes to slot (b, n).
-        table: rotates new keys relative to their parts, (rows, ..., 1, i), or None.
-        token: which of the new tokens these are, (b, n); None for all.
-        kept: which of them count, (b, n); None for all.
-        places: blockwise, the slot or, counted on from the slots, the new token at each place of the blocks, (b, (j w)).
+        row, slot: of each row, the slots of its new tokens, (b, n).
+        table: rotates new keys relative to the starts of their parts; None if nothing is rotated.
+        token: which of the new tokens go there, (b, n); None for all.
+        kept: whether they count, (b, n); None if all do.
+        places: which slot or, counted on from the slots, which new token stands at each place of the blocks.
         asked: the places of the new tokens, (b, n).
-        restore: the table for keys in all slots that takes back their rotation.
+        restore: the table that takes back the rotation of the keys in all slots.
     """
 
     row: Tensor
@@ -83,9 +83,10 @@ class LayerCache(nn.Module):
         if max_length is None and attention.block_size is None:
             raise ValueError("max_length must be given for dense attention, whose cache grows with every token")
         weight = attention.k_proj.weight
-        device = weight.device if device is None else torch.device(device)
+        device = torch.device(weight.device if device is None else device)
         if dtype is None:
             dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        assert dtype is not None
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point one, got {dtype}")
         self.layout = layout(attention, max_length or sys.maxsize)
@@ -97,9 +98,6 @@ class LayerCache(nn.Module):
             shape = batch_size, attention.num_kv_heads, self.slots, attention.head_dim
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
         self.pending: tuple[Slots, Tensor, Tensor] | None = None
-
-    def extra_repr(self) -> str:
-        return f"k={tuple(self.k.shape)} {self.k.dtype}, {self.layout}"
 
     def get_extra_state(self) -> dict[str, Any]:
         return self.layout
@@ -122,7 +120,7 @@ class LayerCache(nn.Module):
     def write(self, k: Tensor, v: Tensor, slots: Slots) -> None:
         """Have `commit` write new keys, rotated within their parts, and values (b, n, g, d).
 
-        Blocks commit after the forward, for what they overwrite is in sight of whoever repeats one that failed.
+        Blocks commit after the forward: one that failed and is repeated still sees what they overwrite.
         """
         if slots.token is not None:
             k, v = k[slots.row, slots.token], v[slots.row, slots.token]
@@ -143,23 +141,16 @@ class LayerCache(nn.Module):
 class KeyValueCache(nn.Module):
     """What `make_cache` gives: a `LayerCache` for each layer. Each row of the batch counts its own tokens.
 
-    It is a module so that it moves, saves and loads like one: `to(device)`, `state_dict`, `load_state_dict`. A forward
-    that raises leaves it as it was.
+    It moves, saves and loads as a module does. A forward that raises leaves it as it was.
 
     Args:
         attentions: the attention of each layer.
         batch_size: rows.
-        max_length: tokens a row that dense attention has room for. Blockwise attention needs none: it keeps two blocks,
-            for ever.
+        max_length: tokens a row that dense attention has room for. Blockwise attention needs none: it keeps two blocks.
         dtype, device: by default those of the weights; under autocast its dtype.
 
-    Attributes:
-        layers: the layers' keys and values.
-        length: tokens seen, (b,), int64.
-        max_length: tokens that fit; None if there is no limit.
-
-    Raises:
-        ValueError: a size is not positive, or max_length is missing for dense attention.
+    `length` counts the tokens seen, (b,), int64. ValueError if a size is not positive, or max_length is missing for
+    dense attention.
     """
 
     length: Tensor
@@ -185,9 +176,6 @@ class KeyValueCache(nn.Module):
     def __getitem__(self, i: int) -> LayerCache:
         return self.layers[i]  # type: ignore[return-value]
 
-    def extra_repr(self) -> str:
-        return f"max_length={self.max_length}"
-
     def reset(self) -> None:
         """Forget all tokens, and clear the slots: NaN in one would spoil even what hides it."""
         for buffer in self.buffers():
@@ -196,11 +184,7 @@ class KeyValueCache(nn.Module):
     def select(self, rows: Tensor) -> "KeyValueCache":
         """A new cache with copies of these rows, in this order: to fork, reorder or drop rows (beam search).
 
-        Args:
-            rows: indices of rows, (new batch size,), integers; a row may come several times.
-
-        Raises:
-            ValueError: rows has another shape or dtype.
+        `rows` are indices, (new batch size,), integers, some perhaps several times; ValueError for anything else.
         """
         if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"rows must be integers (new batch size,), got {rows.dtype} {tuple(rows.shape)}")
@@ -210,10 +194,8 @@ class KeyValueCache(nn.Module):
     def admit(self, n: int, lengths: Tensor | None) -> int | None:
         """The most tokens that a row has with n more, of which `lengths` (b,) count; None in a graph.
 
-        Looks at numbers on the device once, and only if a limit needs it.
-
-        Raises:
-            ValueError: lengths are not between 0 and n, or the tokens do not fit; in a graph a RuntimeError.
+        Looks at numbers on the device once, and only if a limit needs it. ValueError if lengths are not between 0 and
+        n, or the tokens do not fit; in a graph a RuntimeError.
         """
         for layer in self.layers:
             layer.pending = None  # type: ignore[assignment]  # of a forward that failed

@@ -17,7 +17,7 @@ def as_integer(
         number = least - 1
     if isinstance(value, bool) or number < least or (even and number % 2):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return number
+    return number  # type: ignore[return-value]
 
 
 def require_sizes(**sizes: Any) -> None:

@@ -30,7 +30,7 @@ def sees(
 ) -> Tensor:
     """Who sees whom: whether queries at q_at (..., n) see keys at k_at (..., m), (..., n, m).
 
-    Causally, from `first_seen` on, and only keys of the same document if there are ids. None is at a position below 0.
+    Causally, from `first_seen` on, and only keys of the same document if there are ids; never a position below 0.
     """
     seen = (k_at[..., None, :] <= q_at[..., None]) & (k_at[..., None, :] >= first_seen(q_at, block_size)[..., None])
     return seen if q_ids is None or k_ids is None else seen & (q_ids[..., None] == k_ids[..., None, :])
@@ -38,23 +38,23 @@ def sees(
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """How a layer attends, apart from its weights: layers alike in this share a plan."""
+    """How a layer attends, apart from its weights."""
 
     positions: PositionModule
     block_size: int | None = None
     query_scaling: LogNScaling | None = None
     distance_bias: DistanceBias | None = None
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What is equal in layers that share a plan; without modules, so that layers compiled one by one share a graph."""
-        positions = self.positions
+    def plan_key(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """What is equal in layers that share a plan for q and k of `dtype`; bfloat16 and float32 may share one."""
+        # Without modules where that can be, so that layers compiled one by one share a graph.
+        positions, precision = self.positions, dtype if dtype in (torch.float16, torch.float64) else None
         own = positions if hasattr(positions, "distance_bias") else None
-        return positions.rates, positions.interleaved, own, self.block_size, self.query_scaling, self.distance_bias
+        settings = self.block_size, self.query_scaling, self.distance_bias
+        return positions.rates, positions.interleaved, own, *settings, precision
 
     @property
     def biases(self) -> list[DistanceBias]:
-        """The layer's and its position module's, if they have one."""
         both = (self.distance_bias, getattr(self.positions, "distance_bias", None))
         return [bias for bias in both if bias is not None]
 
@@ -66,10 +66,10 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a forward is about: b rows of n tokens, and where in their sequences they stand.
+    """The tokens of a forward: b rows of n.
 
     Attributes:
-        length: tokens before them, (b,), with a cache.
+        length: tokens before them, (b,), in a cache; None without.
         count: how many of the n count, (b,), the others being padding; None for all.
         most: the most tokens that a row has with these; None if that is not known before the graph runs.
         document_ids: (b, n) or None.
@@ -102,43 +102,38 @@ class Window:
     Attributes:
         q_at, k_at: their positions, (..., n) and (..., m), from any origin that `sees` may use.
         q_ids, k_ids: their documents, likewise, or None.
-        masked: whether attention takes a mask; else it is causal, and the last query sees the last key.
-        mask: the mask, if all queries go at once and no layer has a bias of its own in it.
         shifts: for each chunk of queries, the table (rows, ..., j, 1, 1, i) that brings the keys of each part to the
             chunk's origin; None if they are measured from it already.
+        masked: whether attention takes a mask; else it is causal, and the last query sees the last key.
+        mask: the mask, if it is the same for all queries and layers.
     """
 
     q_at: Tensor
     k_at: Tensor
     q_ids: Tensor | None = None
     k_ids: Tensor | None = None
+    shifts: tuple[Tensor, ...] | None = None
     masked: bool = True
     mask: Tensor | None = None
-    shifts: tuple[Tensor, ...] | None = None
 
     def make_mask(self, rows: slice, keys: slice, pattern: Pattern, dtype: torch.dtype) -> Tensor:
         """What is added to the logits of some queries and keys, (..., n, m): a bias, minus infinity where unseen."""
         q_at, k_at = self.q_at[..., rows], self.k_at[..., keys]
         q_ids = None if self.q_ids is None else self.q_ids[..., rows]
         k_ids = None if self.k_ids is None else self.k_ids[..., keys]
-        seen = sees(q_at, k_at, pattern.block_size, q_ids, k_ids)
-        distance = q_at[..., None] - k_at[..., None, :]
-        bias = sum((bias(with_heads(distance)) for bias in pattern.biases), torch.zeros((), device=q_at.device))
+        seen, distance = sees(q_at, k_at, pattern.block_size, q_ids, k_ids), q_at[..., None] - k_at[..., None, :]
+        seen, distance = (t[(None,) * (3 - t.ndim)][:, None] for t in (seen, distance))  # (b, 1, n, m)
+        bias = sum((bias(distance) for bias in pattern.biases), torch.zeros((), device=q_at.device))
         # On the CPU it may be more precise than q. CUDA's memory-efficient kernel wants q's dtype, so that there a bias
         # is rounded: one of 10 by up to 0.03 in bfloat16, 0.004 in float16.
         dtype = dtype if q_at.device.type == "cuda" else at_least_float32(dtype)
-        return torch.where(with_heads(seen), bias, -torch.inf).to(dtype)
+        return torch.where(seen, bias, -torch.inf).to(dtype)
 
     def planned(self, pattern: Pattern, dtype: torch.dtype, chunk: int) -> "Window":
-        """With its mask, if it is one for all queries and layers: masks of all chunks at once would be n x m."""
+        """With its mask, if all queries go at once (masks of all chunks would be n x m) and no layer has its own."""
         if not self.masked or self.q_at.shape[-1] > chunk or pattern.learned:
             return self
         return replace(self, mask=self.make_mask(slice(None), slice(None), pattern, dtype))
-
-
-def with_heads(t: Tensor) -> Tensor:
-    """(b, n, m) or (n, m) to (b, 1, n, m)."""
-    return t[(None,) * (3 - t.ndim)][:, None]
 
 
 class Plan:
@@ -147,14 +142,14 @@ class Plan:
     Neither a tuple nor a dataclass: FSDP2's mixed precision casts the tensors in these, and would round the tables.
 
     Args:
-        q_table, k_table: of `PositionModule.table`, (rows, ..., 1, i); None if nothing is rotated. Keys from a cache
-            are rotated already, but for those in blocks.
+        q_table, k_table: for queries and keys, as `make_table` gives them. Keys of a cache are rotated already, but for
+            those in blocks.
         windows: one; or that of the first block, and that of all others, which are batch rows.
         chunk: queries at a time.
         part: keys that share an origin.
         slots: of a cache.
 
-    `key` says for which layers: it holds their pattern's key and the precision.
+    `key` is the pattern's `plan_key`.
     """
 
     key: tuple[Any, ...]
@@ -166,7 +161,7 @@ class Plan:
         windows: tuple[Window, ...],
         chunk: int,
         part: int,
-        slots: Slots | None = None,
+        slots: Slots | None,
     ):
         self.q_table, self.k_table, self.windows = q_table, k_table, windows
         self.chunk, self.part, self.slots = chunk, part, slots
@@ -181,12 +176,12 @@ def make_plan(pattern: Pattern, tokens: Tokens, cache: LayerCache | None = None)
         plan = plan_blocks(pattern, tokens, w, cache)
     else:  # in up to two blocks, every query sees all before it
         plan = plan_sequence(pattern, tokens, cache)
-    plan.key = (*pattern.key, precision(tokens.dtype))
+    plan.key = pattern.plan_key(tokens.dtype)
     return plan
 
 
 def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) -> Plan:
-    """Queries on all keys before them, their own or those of a cache."""
+    """Queries on all keys before them: those that come with them, or a cache's."""
     n, positions, ids, q_at = tokens.n, pattern.positions, tokens.document_ids, tokens.positions
     masked = bool(pattern.biases) or ids is not None or cache is not None
     if cache is None:
@@ -203,7 +198,7 @@ def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) ->
         k_table = make_table(pattern, q_at % p, tokens)
         part_at = torch.arange(0, k_at.shape[-1], p, device=tokens.device)
         shifts = shift_tables(pattern, tokens, part_at - tokens.first, n, chunk)
-    window = Window(q_at, k_at, ids, ids, masked, None, shifts).planned(pattern, tokens.dtype, chunk)
+    window = Window(q_at, k_at, ids, ids, shifts, masked).planned(pattern, tokens.dtype, chunk)
     slots = None if cache is None else make_slots(tokens, cache, k_table)
     return Plan(scaled(q_table, pattern, q_at), k_table, (window,), chunk, p, slots)
 
@@ -243,10 +238,11 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
         )
     first_ids = rest_ids = k_ids = None
     if ids is not None:
-        ids = pad(ids, (0, blocks * w - n))
-        first_ids, rest_ids, k_ids = ids[:, :w], fold(ids[:, w:], w), windows(ids, w)
-    first = Window(at[:w], at[:w], first_ids, first_ids, needed or (masked and chunk < w), None, first_shifts)
-    rest = Window(at[w:], at, rest_ids, k_ids, masked, None, shifts)
+        ids = rearrange(pad(ids, (0, blocks * w - n)), "b (j w) -> b j w", w=w)
+        first_ids, rest_ids = ids[:, 0], ids[:, 1:].flatten(0, 1)
+        k_ids = torch.cat((ids[:, :-1], ids[:, 1:]), dim=-1).flatten(0, 1)
+    first = Window(at[:w], at[:w], first_ids, first_ids, first_shifts, needed or (masked and chunk < w))
+    rest = Window(at[w:], at, rest_ids, k_ids, shifts, masked)
     both = first.planned(pattern, tokens.dtype, chunk), rest.planned(pattern, tokens.dtype, chunk)
     q_table = scaled(q_table, pattern, rearrange(q_at, "... (j w) -> ... j w", w=w))
     return Plan(q_table, k_table, both, chunk, p, slots)
@@ -296,14 +292,11 @@ def scaled(table: Tensor | None, pattern: Pattern, q_at: Tensor) -> Tensor | Non
 def shift_tables(pattern: Pattern, tokens: Tokens, part_at: Tensor, n: int, chunk: int) -> tuple[Tensor, ...] | None:
     """For each chunk of n queries, the table that brings parts (..., j) from their starts to the chunk's middle.
 
-    part_at counts from the first query. Parts later than all queries of a chunk are hidden; held back, they do not
-    overflow.
+    part_at counts from the first query. Parts later than a chunk are hidden; held back, they do not overflow.
     """
-    tables = [
-        make_table(pattern, part_at.clamp(max=end - 1) - (start + chunk // 2), tokens)
-        for start, end in chunks(n, chunk)
-    ]
-    return tuple(each[..., None, :] for each in tables if each is not None) or None
+    from_middle = [part_at.clamp(max=end - 1) - (start + chunk // 2) for start, end in chunks(n, chunk)]
+    tables = [make_table(pattern, at, tokens) for at in from_middle]
+    return tuple(table[..., None, :] for table in tables if table is not None) or None
 
 
 def chunks(n: int, chunk: int) -> list[tuple[int, int]]:
@@ -312,11 +305,6 @@ def chunks(n: int, chunk: int) -> list[tuple[int, int]]:
         return [(0, n)]
     starts = [i * chunk for i in range(-(-n // chunk))]  # in a graph this fixes their number, but not n
     return list(zip(starts, [*starts[1:], n], strict=True))
-
-
-def precision(dtype: torch.dtype) -> torch.dtype | None:
-    """What a plan depends on of the dtype of q and k: bfloat16 and float32 may share one."""
-    return dtype if dtype in (torch.float16, torch.float64) else None
 
 
 def aligned(pattern: Pattern, tokens: Tokens) -> bool:
@@ -332,10 +320,8 @@ def aligned(pattern: Pattern, tokens: Tokens) -> bool:
 
 
 def block_count(n: int, w: int, cached: bool) -> int:
-    """Blocks of w tokens for n of them; from a cache, for as many as may come before them, too, wherever they begin.
-
-    A graph for any length takes a block too many: else there would be one graph more.
-    """
+    """Blocks of w tokens for n of them; from a cache, also for what they see before them, wherever they begin."""
+    # A graph for any length takes a block too many: else there would be one graph more.
     return (n + 3 * w - 2) // w if cached else n // w + 1 - known(n % w == 0)
 
 
@@ -346,13 +332,3 @@ def known(condition: bool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # a third of a second, for a compiler only
 
     return statically_known_true(condition)
-
-
-def fold(t: Tensor, w: int) -> Tensor:
-    """(b, n, ...) to (b j, w, ...): each block a batch row of its own."""
-    return rearrange(t, "b (j w) ... -> (b j) w ...", w=w)
-
-
-def windows(t: Tensor, w: int) -> Tensor:
-    """Of each block but the first, it and the block before it: (b, n, ...) to (b (j-1), 2 w, ...)."""
-    return torch.cat((fold(t[:, :-w], w), fold(t[:, w:], w)), dim=1)

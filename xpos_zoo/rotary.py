@@ -1,6 +1,6 @@
 """Positions as rates: how channel pairs are rotated and scaled. The documented functions, and `RotaryEmbedding`.
 
-Axes: n sequence, d head dimension, i = d/2 pairs of channels. A pair is one complex number. With the rate
+Axes: n sequence, d head dimension, i = d/2 pairs of channels, each one complex number. With the rate
 r_i = lambda_i + 1j theta_i, a query at position n is multiplied by exp(n r_i) and a key at m by exp(-m conj(r_i)), so
 that scores depend on n - m alone. Plain rotary embedding (Su et al. 2021, RoFormer, eq. 34) has theta_i = base^(-2i/d)
 and no lambda.
@@ -31,10 +31,7 @@ def as_turns(rates: Sequence[complex]) -> list[int]:
 
 
 def sine(phase: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sine of int64 phases in 2^-64 turns, which wrap around at a whole turn; in float32 within 1e-7.
-
-    Plain operations only, so that a compiler makes one small kernel of a table.
-    """
+    """The sine of int64 phases in 2^-64 turns, which wrap around at a whole turn; in float32 within 1e-7."""
     quadrant = ((phase >> 61) + 1) >> 1
     x = (phase - (quadrant << 62)).to(dtype) * (math.pi / 2**63)  # at most an eighth of a turn
     if dtype == torch.float64:
@@ -68,8 +65,8 @@ def rotate_pairs(
 ) -> Tensor:
     """Channel pairs of x (..., d), as complex numbers, times `factor * (cos + 1j * sin)`, tables (..., i); x's dtype.
 
-    `conjugate` negates the sine. `packed`, for interleaved pairs, loads and stores a pair at once, which autograd cannot
-    follow. Rounding to x's dtype comes before pairs are joined, so that the compiler makes one kernel of it.
+    `conjugate` negates the sine. `packed` loads and stores interleaved pairs at once, which autograd cannot follow.
+    Rounding to x's dtype comes before pairs are joined, so that the compiler makes one kernel of it.
     """
     layout, axis = ("i two", -1) if interleaved else ("two i", -2)
     a, b = unpack(x) if packed else rearrange(x, f"... ({layout}) -> ... {layout}", two=2).unbind(axis)
@@ -82,10 +79,8 @@ def rotate_pairs(
 
 
 def unpack(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both numbers of each bfloat16 or float32 pair of x (..., d), in float32, (..., i) each.
-
-    A pair is loaded as one integer of twice the width: compilers make loads of every other number slow.
-    """
+    """Both numbers of each bfloat16 or float32 pair of x (..., d), in float32, (..., i) each."""
+    # A pair is loaded as one integer of twice the width: compilers make loads of every other number slow.
     if x.dtype == torch.float32:
         pair = x.contiguous().view(torch.int64)
         return pair.to(torch.int32).view(torch.float32), (pair >> 32).to(torch.int32).view(torch.float32)
@@ -107,8 +102,7 @@ def pack(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 class Rotation(torch.autograd.Function):
     """x times a `PositionModule.table`, with the factors of queries or, if `inverse`, of keys.
 
-    The gradient of x is the same rotation by the conjugate; autograd by itself would take pairs apart and join them
-    step by step. Tables get no gradient.
+    Its gradient is the rotation by the conjugate; autograd would take pairs apart and join them step by step.
     """
 
     generate_vmap_rule = True
@@ -134,10 +128,7 @@ class Rotation(torch.autograd.Function):
 def fixed_pos_embedding(x: Tensor) -> tuple[Tensor, Tensor]:
     """`(sin, cos)` of n * 10000^(-j/dim) in row n and column j, each of x's shape (seq_len, dim) and dtype.
 
-    Only x's shape, device and dtype count.
-
-    Raises:
-        ValueError: x is not two-dimensional.
+    Of x only shape, device and dtype count; ValueError if it is not two-dimensional.
     """
     if x.ndim != 2:
         raise ValueError(f"x must have shape (seq_len, dim), got {tuple(x.shape)}")
@@ -150,11 +141,7 @@ def fixed_pos_embedding(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate_every_two(x: Tensor) -> Tensor:
-    """Turn each channel pair (a, b) of x (..., seq_len, dim) into (-b, a).
-
-    Raises:
-        ValueError: dim is odd.
-    """
+    """Turn each channel pair (a, b) of x (..., seq_len, dim) into (-b, a); ValueError if dim is odd."""
     if x.ndim < 1 or x.shape[-1] % 2:
         raise ValueError(f"x must have an even last dimension, got shape {tuple(x.shape)}")
     a, b = rearrange(x, "... (i two) -> ... i two", two=2).unbind(-1)
@@ -162,11 +149,7 @@ def rotate_every_two(x: Tensor) -> Tensor:
 
 
 def duplicate_interleave(m: Tensor) -> Tensor:
-    """Repeat each column of m twice, side by side: (..., d) becomes (..., 2d).
-
-    Raises:
-        ValueError: m has no dimension.
-    """
+    """Repeat each column of m twice, side by side: (..., d) becomes (..., 2d); ValueError if m is a scalar."""
     if m.ndim < 1:
         raise ValueError("m must have at least one dimension, got a scalar")
     return repeat(m, "... d -> ... (d two)", two=2)
@@ -206,7 +189,7 @@ def apply_rotary_pos_emb(x: Tensor, sin: Tensor, cos: Tensor, scale: float | Ten
 
 
 class PositionModule(nn.Module):
-    """A position encoding: the rates of its channel pairs, and how channels pair up. That is all attention asks.
+    """A position encoding: the rates of its channel pairs, and how channels pair up.
 
     Args:
         rates: lambda_i + 1j theta_i for each of the head_dim / 2 pairs, plain numbers (see the top of this file):
@@ -217,8 +200,8 @@ class PositionModule(nn.Module):
     A subclass may also have a method `distance_bias(distance)`, a `DistanceBias`, for every head alike or with an axis
     of heads (h, n, m), as ALiBi's is.
 
-    It keeps no table. Angles and decays are evaluated from integers, so that neither `.half()`, nor autocast, nor an
-    earlier call changes a result, and without float64 (unless q and k are float64).
+    It keeps no table: angles and decays are evaluated from integers, without float64 (unless q and k are float64), so
+    that neither `.half()`, nor autocast, nor an earlier call changes a result.
 
     Raises:
         ValueError: a rate is not finite, or a lambda is above 0, with which scores would grow with distance.
@@ -252,12 +235,10 @@ class PositionModule(nn.Module):
         self._set_increments(self.increments.device if hasattr(self, "increments") else torch.get_default_device())
 
     def _set_increments(self, device: torch.device) -> None:
-        """Turns and decays of one position as integers, for `table`.
-
-        No buffer, for averages of weights take these in; never on the meta device, from where nothing brings it back.
-        """
+        # No buffer, for averages of weights take these in; never on the meta device, from where nothing brings it back.
         exponents = [rate.real / math.log(2) for rate in self.rates]
-        # In one row, for a compiler might take a dimension of 3 to be one of x. The last third are bits of float64.
+        # Turns, fixed-point decays, and decays as bits of float64: in one row, for a compiler might take a dimension of
+        # 3 to be one of x.
         words = as_turns(self.rates) + [round(exponent * 2**self._point) for exponent in exponents]
         words += [struct.unpack("q", struct.pack("d", exponent))[0] for exponent in exponents]
         device = torch.device("cpu") if device.type == "meta" else device
@@ -311,9 +292,9 @@ class PositionModule(nn.Module):
     def max_span(self, dtype: torch.dtype) -> int:
         """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`.
 
-        No factor then exceeds 2^32, or 2^4 in float16, so that even a score that a causal mask hides, the product of
-        two such factors, stays finite in the float32 in which attention accumulates. float16 has few bits to spare:
-        queries and keys may be as large as 4000, and as small as 0.001 before they lose precision.
+        No factor then exceeds 2^32, or 2^4 in float16, so that even a score that a causal mask hides, with two such
+        factors, stays finite in float32. In float16 queries and keys may be as large as 4000, and as small as 0.001
+        before they lose precision.
         """
         return self._spans[dtype != torch.float16]
 
@@ -325,11 +306,7 @@ def as_table(rows: list[Tensor]) -> Tensor:
 
 
 def within_wavelength(rates: Sequence[complex], max_wavelength: float | None) -> tuple[complex, ...]:
-    """The rates, with those whose wavelength 2 pi / theta is above max_wavelength set to 0.
-
-    Raises:
-        ValueError: max_wavelength is not positive, or no rate is left.
-    """
+    """The rates, with those whose wavelength 2 pi / theta is above max_wavelength set to 0."""
     if max_wavelength is None:
         return tuple(rates)
     if not max_wavelength > 0:
@@ -373,8 +350,7 @@ class RotaryEmbedding(PositionModule):
     def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
         """Rotate row j of x (..., seq_len, head_dim) by position offset + j; x's shape and dtype.
 
-        Raises:
-            ValueError: x is no floating-point tensor of that width, or offset is negative or no integer.
+        ValueError if x is no floating-point tensor of that width, or offset is negative or no integer.
         """
         positions, _ = self._positions(x, offset)
         cos, sin = self.table(positions, at_least_float32(x.dtype))[:2]

@@ -74,17 +74,12 @@ class XPOS(RotaryEmbedding):
         """Encode x (..., seq_len, head_dim), all queries or all keys, as torchscale and zeta do; x's shape and dtype.
 
         Row j is rotated by position offset + j and scaled by zeta^(e/scale_base) with the length-centred
-        e = offset + j - (seq_len + offset + 1) // 2. Queries and keys therefore fit together if seq_len + offset is the
-        same for both. The factors grow with seq_len, as theirs do, and overflow at about 140 scale_base rows in float32
-        and 17 in float16. `rotate` needs no such care.
+        e = offset + j - (seq_len + offset + 1) // 2; `downscale`, for keys, scales by the inverse. Queries and keys
+        therefore fit together if seq_len + offset is the same for both. The factors grow with seq_len, as theirs do,
+        and overflow at about 140 scale_base rows in float32 and 17 in float16. `rotate` needs no such care.
 
-        Args:
-            x: any floating dtype; computed in float32 at least.
-            offset: position of x's first row; an integer or an integer tensor with one element.
-            downscale: False for queries, True (the inverse scaling) for keys.
-
-        Raises:
-            ValueError: x is no floating-point tensor of that width, or offset is negative or no integer.
+        ValueError if x is no floating-point tensor of that width, or offset is neither an integer from 0 on nor an
+        integer tensor with one element.
         """
         positions, offset = self._positions(x, offset)
         exponents = positions - (x.shape[-2] + offset + 1) // 2
