@@ -1,4 +1,4 @@
-"""The formulas that everything is tested against, in float64, written to be read.
+"""The formulas that the library is tested against, in float64, written to be read, and what its tests share.
 
     score(n, m) = sum_i zeta_i^((n - m) / s) Re(q_i conj(k_i) exp(1j (n - m) theta_i))
     theta_i = base^(-2i/d),  zeta_i = (i / (d/2) + 0.4) / 1.4;  without the decay it is plain rotary
@@ -14,18 +14,29 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xpos_zoo import XPOS, DistanceBias, MultiHeadAttention, PositionModule, RotaryEmbedding, SoftTail
+from xpos_zoo import (
+    XPOS,
+    DistanceBias,
+    LogNScaling,
+    MultiHeadAttention,
+    PositionModule,
+    RotaryEmbedding,
+    SoftTail,
+    Transformer,
+)
 from xpos_zoo.attend import attend
 from xpos_zoo.plan import Pattern, Tokens, make_plan
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALVES)
+PATTERNS = pytest.mark.parametrize("block_size", [None, 8], ids=["dense", "blockwise"])
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -407,13 +418,60 @@ def gradients(output: Tensor, upstream: Tensor, inputs: Iterable[Tensor]) -> tup
     return torch.autograd.grad(output, tuple(inputs), upstream.to(output.dtype))
 
 
-class LargestTensor(TorchDispatchMode):
-    """The number of entries of the largest tensor that any operation gives."""
+class Operations(TorchDispatchMode):
+    """What is called: names of operators that are not views, the dtypes of what they give, the size of the largest."""
 
-    numel = 0
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+        self.dtypes: set[torch.dtype] = set()
+        self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.numel = max([self.numel, *(t.numel() for t in tensors)])
+        if not func.is_view and not any(name in str(func) for name in ("_unsafe_view", "promote_types")):
+            self.names.append(str(func))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.dtypes.add(leaf.dtype)
+                self.largest = max(self.largest, leaf.numel())
         return result
+
+
+class LearnedBias(nn.Module):
+    """A bias to learn for each of four heads and each of the first eight distances; the eighth is all others'."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(normal(5, 4, 8))
+
+    def forward(self, distance: Tensor) -> Tensor:
+        heads = torch.arange(4, device=distance.device)[:, None, None]
+        return self.table[heads, distance.long().clamp(0, 7)]
+
+
+def block(
+    embed_dim: int = 32,
+    num_heads: int = 4,
+    query_scaling: LogNScaling | None = None,
+    distance_bias: DistanceBias | None = None,
+    **options: Any,
+) -> MultiHeadAttention:
+    """The same weights at every call."""
+    torch.manual_seed(0)
+    module = MultiHeadAttention(embed_dim, num_heads, **options)
+    module.query_scaling, module.distance_bias = query_scaling, distance_bias
+    return module
+
+
+def model(
+    num_layers: int = 2, vocab_size: int = 50, embed_dim: int = 32, num_heads: int = 4, **options: Any
+) -> Transformer:
+    """The same weights at every call."""
+    torch.manual_seed(0)
+    options.setdefault("positions", partial(XPOS, scale_base=8))
+    return Transformer(vocab_size, embed_dim, num_layers, num_heads, **options)
+
+
+def tokens(*shape: int, below: int = 50) -> Tensor:
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(0))
