@@ -36,7 +36,7 @@ from xpos_zoo import (
     rotate_every_two,
 )
 
-LEADING = ((), (2,), (2, 3), (1, 2, 3))
+LEADING = ((), (2,), (1, 2, 3))
 TABLE = 1.1e-7  # of float32 tables: an angle up to pi/4, a polynomial and its last sum are each rounded
 even = st.integers(1, 16).map(lambda i: 2 * i)
 
@@ -103,9 +103,11 @@ def test_the_documented_third_example_is_a_true_rotation_times_one_half():
     assert relative_error(output, expected) <= 3 * roundoff(torch.float32)
 
 
-@pytest.mark.parametrize("leading", LEADING)
-@pytest.mark.parametrize("wide", [False, True], ids=["narrow tables", "wide tables"])
-@pytest.mark.parametrize("scale", ["1", "number", "scalar", "row", "narrow", "wide"])
+@given(
+    leading=st.sampled_from(LEADING),
+    wide=st.booleans(),
+    scale=st.sampled_from(["1", "number", "scalar", "row", "narrow", "wide"]),
+)
 def test_pairs_are_rotated_by_the_tables_and_scaled(leading, wide, scale):
     n, d = 5, 8
     x, factor = normal(0, *leading, n, d, dtype=torch.float64), 0.1 + normal(1, n, d // 2, dtype=torch.float64).abs()
@@ -180,23 +182,6 @@ def test_half_split_is_interleaved_with_channels_in_another_order():
     assert torch.equal(half_split(x[..., order]), interleaved(x)[..., order])
 
 
-def test_positions_may_differ_between_rows_of_the_batch():
-    q, k = normal(0, 2, 3, 4, 8), normal(1, 2, 3, 4, 8)
-    at = torch.tensor([[0, 1, 2, 3], [100, 90, 7, 8]])[:, None]
-    rotated_q, rotated_k = RotaryEmbedding(8).rotate(q, k, at, at)
-    expected = scores(q, k, at, at, Encoding())
-    assert relative_error(rotated_q.double() @ rotated_k.double().mT, expected) <= 2e-6
-
-
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_gradients_are_those_of_the_formula(interleaved):
-    rotary, at = RotaryEmbedding(6, interleaved=interleaved), torch.arange(3)
-    q, k = (normal(i, 2, 3, 6, dtype=torch.float64).requires_grad_() for i in range(2))
-    assert torch.autograd.gradcheck(lambda q, k: rotary.rotate(q, k, at + 5, at, origin=2), (q, k))
-    assert torch.autograd.gradcheck(lambda q: rotary(q, 4), (q,))
-    assert torch.autograd.gradcheck(lambda q: apply_rotary_pos_emb(q, at[:, None] * theta(6), 2 + theta(6)), (q,))
-
-
 rate = st.builds(complex, st.floats(-0.2, 0), st.floats(-4, 4))
 
 
@@ -234,56 +219,3 @@ def test_an_empty_sequence_stays_empty():
 
 def test_one_origin_serves_any_span():
     assert all(RotaryEmbedding(8).max_span(dtype) >= 2**62 for dtype in DTYPES)
-
-
-x, table = torch.zeros(2, 5, 8), torch.zeros(5, 4)
-
-
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        (lambda: RotaryEmbedding(7), "head_dim must be even and above 0, got 7"),
-        (lambda: RotaryEmbedding(0), "head_dim must be even and above 0, got 0"),
-        (lambda: RotaryEmbedding(-2), "head_dim must be even and above 0, got -2"),
-        (lambda: RotaryEmbedding(8, base=0), "base must be above 0 and finite, got 0"),
-        (lambda: RotaryEmbedding(8, base=math.nan), "base must be above 0 and finite, got nan"),
-        (lambda: RotaryEmbedding(6)(x), "x must have shape (..., seq_len, head_dim=6), got (2, 5, 8)"),
-        (lambda: RotaryEmbedding(8)(x[0, 0]), "x must have shape (..., seq_len, head_dim=8), got (8,)"),
-        (lambda: RotaryEmbedding(8)(x.long()), "x must have a floating-point dtype, got torch.int64"),
-        (lambda: RotaryEmbedding(8)(x, -1), "offset must be 0 or above and an integer, got -1"),
-        (lambda: fixed_pos_embedding(x), "x must have shape (seq_len, dim), got (2, 5, 8)"),
-        (lambda: rotate_every_two(x[..., :3]), "x must have an even last dimension, got shape (2, 5, 3)"),
-        (lambda: rotate_every_two(x.sum()), "x must have an even last dimension, got shape ()"),
-        (lambda: duplicate_interleave(x.sum()), "m must have at least one dimension, got a scalar"),
-        (lambda: apply_rotary_pos_emb(x[..., :7], table, table), "with an even dim above 0, got (2, 5, 7)"),
-        (lambda: apply_rotary_pos_emb(x[..., :0], table, table), "with an even dim above 0, got (2, 5, 0)"),
-        (lambda: apply_rotary_pos_emb(x[0, 0], table, table), "x must have shape (..., seq_len, dim)"),
-        (lambda: apply_rotary_pos_emb(x.long(), table, table), "x must have a floating-point dtype, got torch.int64"),
-        (
-            lambda: apply_rotary_pos_emb(x, table.expand(3, 5, 4), table),
-            "sin must broadcast against x's (2, 5, 8), got (3, 5, 4)",
-        ),
-        (
-            lambda: apply_rotary_pos_emb(x, table, table.expand(1, 2, 5, 4)),
-            "cos must broadcast against x's (2, 5, 8), got (1, 2, 5, 4)",
-        ),
-        (
-            lambda: apply_rotary_pos_emb(x, table[:, :3], table),
-            "sin must be 4 or 8 wide for x of width 8, got (5, 3)",
-        ),
-        (
-            lambda: apply_rotary_pos_emb(x, table, table[:, :3]),
-            "cos must be 4 or 8 wide for x of width 8, got (5, 3)",
-        ),
-        (
-            lambda: apply_rotary_pos_emb(x, table, table, table[:, :3]),
-            "scale must be 1 or 4 or 8 wide for x of width 8, got (5, 3)",
-        ),
-        (lambda: apply_rotary_pos_emb(x, table[:4], table), "sin must have 5 rows, one for each of x's, got (4, 4)"),
-        (lambda: apply_rotary_pos_emb(x, table, table[:4]), "cos must have 5 rows, one for each of x's, got (4, 4)"),
-    ],
-)
-def test_errors_name_the_argument_its_value_and_what_is_allowed(call, said):
-    with pytest.raises(ValueError, match="must") as raised:
-        call()
-    assert said in str(raised.value)

@@ -29,7 +29,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from xpos_zoo import XPOS
 from xpos_zoo.rotary import RotaryEmbedding
 
-LEADING = ((), (2,), (2, 3), (1, 2, 3))
 FASTEST = math.log2(3.5)  # bits that the fastest pair decays in scale_base positions
 bases = st.sampled_from([0.5, 1.0, 4.0, 64.0, 100.5, 512.0, 4096.0])
 even = st.integers(1, 16).map(lambda i: 2 * i)
@@ -89,17 +88,16 @@ def test_exponents_are_torchscales(length, offset, exponents, downscale):
     scale_base=bases,
     dtype=st.sampled_from(DTYPES),
     interleaved=st.booleans(),
-    leading=st.sampled_from(LEADING),
 )
 def test_queries_and_keys_that_end_together_score_by_the_formula(
-    head_dim, total, rows, beyond, scale_base, dtype, interleaved, leading
+    head_dim, total, rows, beyond, scale_base, dtype, interleaved
 ):
     n, m = (min(r, total) for r in rows)
     total += beyond
     bits = (total / 2 + 1) * FASTEST / scale_base  # the exponents' origin is in the middle
     assume(bits <= (8 if dtype == torch.float16 else 60))
     encoding = Encoding(scale_base, interleaved=interleaved)
-    q, k = normal(0, *leading, n, head_dim, dtype=dtype), normal(1, *leading, m, head_dim, dtype=dtype)
+    q, k = normal(0, 2, n, head_dim, dtype=dtype), normal(1, 2, m, head_dim, dtype=dtype)
     q_at, k_at = torch.arange(total - n, total), torch.arange(total - m, total)
     xpos = encoding.module(head_dim)
     assert isinstance(xpos, XPOS)
@@ -109,12 +107,6 @@ def test_queries_and_keys_that_end_together_score_by_the_formula(
     tolerance = score_tolerance(dtype) * (1e6 if dtype == torch.float64 else 1)  # angles up to 1e6 in float64
     underflow = subnormal(dtype) * (q.double().norm() + k.double().norm()) * 2**bits
     assert (error <= tolerance * score_sizes(q, k, q_at, k_at, encoding) + underflow).all()
-
-
-def test_an_offset_tensor_counts_as_its_number():
-    x = normal(0, 2, 5, 8)
-    for offset in (torch.tensor(3), torch.tensor([3]), torch.tensor(3, dtype=torch.int32)):
-        assert torch.equal(XPOS(8)(x, offset), XPOS(8)(x, 3))
 
 
 # The rotation that attention asks for
@@ -131,29 +123,19 @@ def test_an_offset_tensor_counts_as_its_number():
     base=st.sampled_from([100.0, 10000.0]),
     dtype=st.sampled_from(DTYPES),
     interleaved=st.booleans(),
-    leading=st.sampled_from(LEADING),
 )
-def test_scores_equal_the_formula(head_dim, n, m, start, lag, shift, scale_base, base, dtype, interleaved, leading):
+def test_scores_equal_the_formula(head_dim, n, m, start, lag, shift, scale_base, base, dtype, interleaved):
     encoding = Encoding(scale_base, base, interleaved)
     q_at, k_at, origin = torch.arange(n) + start, torch.arange(m) + start + lag, start + shift
     bits = (torch.cat((q_at, k_at)) - origin).abs().max().item() * FASTEST / scale_base
     assume(bits <= (8 if dtype == torch.float16 else 60))
-    q, k = normal(0, *leading, n, head_dim, dtype=dtype), normal(1, *leading, m, head_dim, dtype=dtype)
+    q, k = normal(0, 2, n, head_dim, dtype=dtype), normal(1, 2, m, head_dim, dtype=dtype)
     rotated_q, rotated_k = encoding.module(head_dim).rotate(q, k, q_at, k_at, origin)
     assert rotated_q.dtype == rotated_k.dtype == dtype
     error = (rotated_q.double() @ rotated_k.double().mT - scores(q, k, q_at, k_at, encoding)).abs()
     underflow = subnormal(dtype) * (q.double().norm() + k.double().norm()) * 2**bits
     tolerance = score_tolerance(dtype) * (16 if dtype == torch.float64 else 1)  # the oracle rounds, too
     assert (error <= tolerance * score_sizes(q, k, q_at, k_at, encoding) + underflow).all()
-
-
-@pytest.mark.parametrize("start", [0, 65_536, 1_000_000])
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_float32_scores_are_within_two_millionths_of_the_formula(start, interleaved):
-    q, k, at = normal(0, 2, 128, 64), normal(1, 2, 128, 64), torch.arange(128) + start
-    encoding = Encoding(512, interleaved=interleaved)
-    rotated_q, rotated_k = encoding.module(64).rotate(q, k, at, at, origin=start + 64)
-    assert relative_error(rotated_q.double() @ rotated_k.double().mT, scores(q, k, at, at, encoding)) <= 2e-6
 
 
 @given(st.integers(-10_000_000, 10_000_000), st.integers(-40, 40))
@@ -231,11 +213,11 @@ def test_autocast_changes_no_output(module):
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("before", DTYPES)
-def test_earlier_calls_leave_no_trace(before):
+def test_earlier_calls_leave_no_trace():
     x, xpos = normal(0, 2, 50, 8), XPOS(8)
-    xpos(normal(1, 1, 3000, 8, dtype=before), offset=7)
-    assert torch.equal(xpos(x), XPOS(8)(x))
+    for before in DTYPES:
+        xpos(normal(1, 1, 3000, 8, dtype=before), offset=7)
+        assert torch.equal(xpos(x), XPOS(8)(x))
 
 
 @pytest.mark.parametrize("saved_as", [torch.float32, *HALVES])
@@ -316,40 +298,12 @@ def test_an_average_of_modules_has_the_angles_of_each():
     assert torch.equal(average(x, 1_000_000), XPOS(8)(x, 1_000_000))
 
 
-def test_numbers_of_other_types_are_integers_too():
+def test_offsets_of_other_types_are_integers_too():
     x = normal(0, 2, 5, 8)
-    assert torch.equal(XPOS(np.int64(8))(x, np.int32(3)), XPOS(8)(x, 3))  # type: ignore[arg-type]
+    for offset in (torch.tensor(3), torch.tensor([3]), torch.tensor(3, dtype=torch.int32), np.int32(3)):
+        assert torch.equal(XPOS(np.int64(8))(x, offset), XPOS(8)(x, 3))  # type: ignore[arg-type]
 
 
 def test_an_empty_sequence_stays_empty():
     empty = torch.empty(2, 0, 8)
     assert XPOS(8)(empty).shape == XPOS(8)(empty, offset=5, downscale=True).shape == empty.shape
-
-
-x = torch.zeros(2, 5, 8)
-
-
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        (lambda: XPOS(7), "head_dim must be even and above 0, got 7"),
-        (lambda: XPOS(0), "head_dim must be even and above 0, got 0"),
-        (lambda: XPOS(8, 0), "scale_base must be above 0 and finite, got 0"),
-        (lambda: XPOS(8, -4), "scale_base must be above 0 and finite, got -4"),
-        (lambda: XPOS(8, math.inf), "scale_base must be above 0 and finite, got inf"),
-        (lambda: XPOS(8, math.nan), "scale_base must be above 0 and finite, got nan"),
-        (lambda: setattr(XPOS(8), "scale_base", 0), "scale_base must be above 0 and finite, got 0"),
-        (lambda: XPOS(8, base=-1), "base must be above 0 and finite, got -1"),
-        (lambda: XPOS(6)(x), "x must have shape (..., seq_len, head_dim=6), got (2, 5, 8)"),
-        (lambda: XPOS(8)(x[0, 0]), "x must have shape (..., seq_len, head_dim=8), got (8,)"),
-        (lambda: XPOS(8)(x.int()), "x must have a floating-point dtype, got torch.int32"),
-        (lambda: XPOS(8)(x, -3), "offset must be 0 or above and an integer, got -3"),
-        (lambda: XPOS(8)(x, 2.5), "offset must be 0 or above and an integer, got 2.5"),  # type: ignore[arg-type]
-        (lambda: XPOS(8)(x, torch.arange(5)), "offset must be one integer, got torch.int64 (5,)"),
-        (lambda: XPOS(8.0), "head_dim must be even and above 0, got 8.0"),  # type: ignore[arg-type]
-    ],
-)
-def test_errors_name_the_argument_its_value_and_what_is_allowed(call, said):
-    with pytest.raises(ValueError, match="must") as raised:
-        call()
-    assert said in str(raised.value)
