@@ -102,14 +102,6 @@ def test_attention_equals_the_formula_around_the_span_of_one_origin(more, dtype)
         assert_attends_exactly(attended(q, k, v, encoding.module(8), w), q, k, v, visible(n, w), encoding)
 
 
-def test_the_biases_of_a_position_module_and_another_add_up():
-    q, k, v = inputs(50)
-    positions, tail = Sloped(8, 64), SoftTail(3.0, 10)
-    actual = attended(q, k, v, positions, distance_bias=tail)
-    total = Encoding(64, bias=lambda distance: positions.distance_bias(distance) + bias_formula(tail)(distance))
-    assert_attends_exactly(actual, q, k, v, visible(50), total)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [torch.nan, torch.inf])
 def test_a_bias_of_minus_infinity_hides_a_key_and_one_of_a_hidden_key_does_not_count(hidden, dtype):
@@ -301,18 +293,6 @@ def test_log_n_scaling_is_exactly_off_for_queries_within_the_trained_length(trai
     assert torch.equal(module(x), off)
 
 
-@PATTERNS
-def test_a_soft_tail_is_off_within_the_trained_length_up_to_the_rounding_of_another_kernel(block_size):
-    module, x = block(block_size=block_size), normal(0, 2, 40, 32)
-    off = module(x)
-    module.distance_bias = SoftTail(4.0, 40)
-    assert relative_error(module(x), off) <= 100 * roundoff(torch.float32)
-    module.distance_bias = SoftTail(4.0, 5)
-    assert relative_error(module(x)[:, 6:], off[:, 6:]) >= 0.01
-    module.distance_bias = None
-    assert torch.equal(module(x), off)
-
-
 def test_a_bias_may_be_a_function_a_module_or_none_in_any_order():
     module, learned = block(), LearnedBias()
     for bias in (SoftTail(1.0, 5), learned, SoftTail(2.0, 5), None, learned, None, lambda distance: -distance):
@@ -340,13 +320,6 @@ def test_a_block_made_on_the_meta_device_gives_the_loaded_ones_numbers(dtype):
     assert torch.equal(other(x), module(x))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_every_projection_has_a_bias_or_none(bias):
-    kinds = ["weight", "bias"] if bias else ["weight"]
-    expected = {f"{name}_proj.{kind}" for name in ("q", "k", "v", "out") for kind in kinds}
-    assert {name for name, _ in block(bias=bias).named_parameters()} == expected
-
-
 @pytest.mark.parametrize("dtype", HALVES)
 def test_casting_loses_nothing_but_the_weights_precision(dtype):
     """A block cast to a half and back has the numbers of one whose weights alone were rounded."""
@@ -365,13 +338,6 @@ def test_without_rates_it_is_plain_causal_attention(block_size):
     attended = scaled_dot_product_attention(q, k, v, attn_mask=visible(40, block_size))
     expected = module.out_proj(attended.transpose(1, 2).flatten(2))
     assert relative_error(module(x), expected) <= 40 * roundoff(torch.float32)  # sums of up to 40 terms
-
-
-@PATTERNS
-def test_rates_of_ones_own_are_those_of_the_module_that_has_them(block_size):
-    rates, x = XPOS(8, 5).rates, normal(0, 2, 40, 32)
-    own = block(positions=lambda head_dim: PositionModule(rates), block_size=block_size)
-    assert torch.equal(own(x), block(positions=partial(XPOS, scale_base=5), block_size=block_size)(x))
 
 
 def test_a_refused_setting_leaves_the_old_one():

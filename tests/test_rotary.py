@@ -22,8 +22,6 @@ from reference import (
     pairs,
     relative_error,
     roundoff,
-    score_sizes,
-    scores,
     theta,
 )
 
@@ -71,24 +69,13 @@ def test_every_pair_turns_by_a_quarter(leading):
     assert torch.equal(rotate_every_two(x), channels(1j * pairs(x)).float())
 
 
-@pytest.mark.parametrize(
-    "m",
-    [
-        normal(0, 3, 4),
-        normal(0, 4),
-        normal(0, 2, 3, 4),
-        normal(0, 2, 3, 4).transpose(0, 2),
-        normal(0, 6, 8)[::2, 1::3],
-        normal(0, 4).expand(3, 4),
-        normal(0, 3, 0),
-    ],
-    ids=["matrix", "vector", "leading", "transposed", "strided", "expanded", "empty"],
-)
-def test_each_column_comes_twice_side_by_side(m):
-    doubled = duplicate_interleave(m)
-    assert doubled.shape == (*m.shape[:-1], 2 * m.shape[-1])
-    assert torch.equal(doubled[..., 0::2], m)
-    assert torch.equal(doubled[..., 1::2], m)
+def test_each_column_comes_twice_side_by_side_whatever_the_strides():
+    whole = normal(0, 2, 6, 8)
+    for m in (whole, whole[0, 0], whole.transpose(0, 2), whole[:, ::2, 1::3], whole[0, 0].expand(3, 8), whole[..., :0]):
+        doubled = duplicate_interleave(m)
+        assert doubled.shape == (*m.shape[:-1], 2 * m.shape[-1])
+        assert torch.equal(doubled[..., 0::2], m)
+        assert torch.equal(doubled[..., 1::2], m)
 
 
 def test_the_documented_third_example_is_a_true_rotation_times_one_half():
@@ -126,14 +113,6 @@ def test_pairs_are_rotated_by_the_tables_and_scaled(leading, wide, scale):
     assert relative_error(apply_rotary_pos_emb(x, sin, cos, given_scale), expected) <= 4 * roundoff(torch.float64)
 
 
-def test_tables_with_leading_dimensions_give_each_row_its_own_positions():
-    x = normal(0, 2, 3, 5, 8)
-    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]])[:, None]
-    angle = positions[..., None] * theta(8)
-    output = apply_rotary_pos_emb(x, angle.sin(), angle.cos())
-    assert relative_error(output, encode(x, positions, None, Encoding())) <= roundoff(torch.float32)
-
-
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_input_with_float32_tables_is_rounded_once(dtype):
     x = normal(0, 2, 5, 8, dtype=dtype)
@@ -143,33 +122,8 @@ def test_half_precision_input_with_float32_tables_is_rounded_once(dtype):
     assert relative_error(output, expected) <= roundoff(dtype) + 3 * roundoff(torch.float32)
 
 
-@given(
-    head_dim=even,
-    n=st.integers(1, 9),
-    m=st.integers(1, 9),
-    q_from=st.integers(0, 1_000_000),
-    k_from=st.integers(0, 1_000_000),
-    origin=st.integers(-1_000_000, 1_000_000),
-    base=st.sampled_from([100.0, 10000.0, 500000.0]),
-    dtype=st.sampled_from(DTYPES),
-    interleaved=st.booleans(),
-    leading=st.sampled_from(LEADING),
-)
-def test_scores_equal_the_formula(head_dim, n, m, q_from, k_from, origin, base, dtype, interleaved, leading):
-    encoding = Encoding(None, base, interleaved)
-    q, k = normal(0, *leading, n, head_dim, dtype=dtype), normal(1, *leading, m, head_dim, dtype=dtype)
-    at = torch.arange(n) + q_from, torch.arange(m) + k_from
-    rotated_q, rotated_k = encoding.module(head_dim).rotate(q, k, *at, origin=origin)
-    assert rotated_q.dtype == rotated_k.dtype == dtype
-    actual = rotated_q.double() @ rotated_k.double().mT
-    # Halves round q and k once each; float32 has its contract; float64 has angles up to 2e6.
-    relative = {torch.float64: 1e7 * roundoff(torch.float64), torch.float32: 2e-6}.get(dtype, 2.1 * roundoff(dtype))
-    error = (actual - scores(q, k, *at, encoding)).abs()
-    assert (error <= relative * score_sizes(q, k, *at, encoding)).all()
-
-
-@pytest.mark.parametrize("offset", [0, 3, 1_000_000, torch.tensor(3), torch.tensor([3])])
 @pytest.mark.parametrize("leading", LEADING)
+@pytest.mark.parametrize("offset", [0, 3, 1_000_000])
 def test_row_j_is_rotated_by_offset_plus_j(offset, leading):
     x = normal(0, *leading, 5, 8)
     expected = encode(x, torch.arange(5) + int(offset), None, Encoding())

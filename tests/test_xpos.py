@@ -16,7 +16,6 @@ from reference import (
     HALVES,
     Encoding,
     encode,
-    gradients,
     normal,
     relative_error,
     roundoff,
@@ -27,7 +26,6 @@ from reference import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from xpos_zoo import XPOS
-from xpos_zoo.rotary import RotaryEmbedding
 
 FASTEST = math.log2(3.5)  # bits that the fastest pair decays in scale_base positions
 bases = st.sampled_from([0.5, 1.0, 4.0, 64.0, 100.5, 512.0, 4096.0])
@@ -119,15 +117,15 @@ def test_queries_and_keys_that_end_together_score_by_the_formula(
     start=st.sampled_from([0, 1, 77, 4096, 999_988]),
     lag=st.integers(-12, 12),
     shift=st.integers(-20, 20),
-    scale_base=bases,
-    base=st.sampled_from([100.0, 10000.0]),
+    scale_base=st.none() | bases,
+    base=st.sampled_from([100.0, 10000.0, 500000.0]),
     dtype=st.sampled_from(DTYPES),
     interleaved=st.booleans(),
 )
 def test_scores_equal_the_formula(head_dim, n, m, start, lag, shift, scale_base, base, dtype, interleaved):
     encoding = Encoding(scale_base, base, interleaved)
     q_at, k_at, origin = torch.arange(n) + start, torch.arange(m) + start + lag, start + shift
-    bits = (torch.cat((q_at, k_at)) - origin).abs().max().item() * FASTEST / scale_base
+    bits = (torch.cat((q_at, k_at)) - origin).abs().max().item() * FASTEST / (scale_base or 1e9)
     assume(bits <= (8 if dtype == torch.float16 else 60))
     q, k = normal(0, 2, n, head_dim, dtype=dtype), normal(1, 2, m, head_dim, dtype=dtype)
     rotated_q, rotated_k = encoding.module(head_dim).rotate(q, k, q_at, k_at, origin)
@@ -136,18 +134,6 @@ def test_scores_equal_the_formula(head_dim, n, m, start, lag, shift, scale_base,
     underflow = subnormal(dtype) * (q.double().norm() + k.double().norm()) * 2**bits
     tolerance = score_tolerance(dtype) * (16 if dtype == torch.float64 else 1)  # the oracle rounds, too
     assert (error <= tolerance * score_sizes(q, k, q_at, k_at, encoding) + underflow).all()
-
-
-@given(st.integers(-10_000_000, 10_000_000), st.integers(-40, 40))
-def test_scores_do_not_depend_on_the_origin(start, shift):
-    q, k, at = normal(0, 7, 8), normal(1, 7, 8), torch.arange(7)
-    xpos = XPOS(8, scale_base=4)
-    first, second = (
-        a.double() @ b.double().mT
-        for a, b in (xpos.rotate(q, k, at, at), xpos.rotate(q, k, at + start, at + start, origin=start + shift))
-    )
-    sizes = score_sizes(q, k, at, at, Encoding(4))
-    assert ((first - second).abs() <= 2 * 2e-6 * sizes).all()  # each within its contract
 
 
 def test_positions_may_differ_between_rows_of_the_batch():
@@ -165,15 +151,6 @@ def test_gradients_are_those_of_the_formula(interleaved):
     q, k = (normal(i, 2, 3, 6, dtype=torch.float64).requires_grad_() for i in range(2))
     assert torch.autograd.gradcheck(lambda q, k: xpos.rotate(q, k, at + 5, at, origin=2), (q, k))
     assert torch.autograd.gradcheck(lambda q: xpos(q, 4, downscale=True), (q,))
-
-    q, k = (normal(i, 2, 40, 6).requires_grad_() for i in range(2))
-    at, upstream = torch.arange(40), normal(2, 2, 40, 40)
-    rotated_q, rotated_k = xpos.rotate(q, k, at, at, origin=20)
-    actual = gradients(rotated_q @ rotated_k.mT, upstream, (q, k))
-    expected = gradients(scores(q, k, at, at, Encoding(3, interleaved=interleaved)), upstream, (q, k))
-    for one, other in zip(actual, expected, strict=True):
-        # The contract for scores, and a sum of 40 products in float32.
-        assert relative_error(one, other) <= 2e-6 + 40 * roundoff(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -204,20 +181,14 @@ def test_casting_the_module_changes_no_output(cast):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("module", [XPOS(8), RotaryEmbedding(8)], ids=["xpos", "rotary"])
-def test_autocast_changes_no_output(module):
-    x, at = normal(0, 2, 3000, 8), torch.arange(3000)
-    expected = module(x), *module.rotate(x, x, at, at, 1500)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = module(x), *module.rotate(x, x, at, at, 1500)
-    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
-
-
-def test_earlier_calls_leave_no_trace():
-    x, xpos = normal(0, 2, 50, 8), XPOS(8)
+def test_autocast_and_earlier_calls_change_no_output():
+    x, at, xpos = normal(0, 2, 3000, 8), torch.arange(3000), XPOS(8)
+    expected = XPOS(8)(x), *XPOS(8).rotate(x, x, at, at, 1500)
     for before in DTYPES:
-        xpos(normal(1, 1, 3000, 8, dtype=before), offset=7)
-        assert torch.equal(xpos(x), XPOS(8)(x))
+        xpos(x.to(before), offset=7)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = xpos(x), *xpos.rotate(x, x, at, at, 1500)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("saved_as", [torch.float32, *HALVES])
