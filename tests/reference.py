@@ -51,16 +51,8 @@ class Encoding(NamedTuple):
     max_wavelength: float | None = None
 
     def module(self, head_dim: int) -> RotaryEmbedding:
-        options: dict[str, Any] = {
-            "base": self.base,
-            "max_wavelength": self.max_wavelength,
-            "interleaved": self.interleaved,
-        }
-        return (
-            RotaryEmbedding(head_dim, **options)
-            if self.scale_base is None
-            else XPOS(head_dim, self.scale_base, **options)
-        )
+        kind = RotaryEmbedding if self.scale_base is None else partial(XPOS, scale_base=self.scale_base)
+        return kind(head_dim, base=self.base, max_wavelength=self.max_wavelength, interleaved=self.interleaved)
 
     def angles(self, head_dim: int) -> Tensor:
         """Radians a position of each pair; 0 for those whose wavelength is above max_wavelength."""
@@ -133,14 +125,12 @@ def scores(
     q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding, mask: Tensor | None = None
 ) -> Tensor:
     """The formula above for q (..., n, d) and k (..., m, d): (..., n, m); only finite where mask (n, m) is False."""
-    head_dim = q.shape[-1]
+    head_dim, distance = q.shape[-1], distances(q_positions, k_positions, mask)
     q, k = pairs(q, encoding.interleaved), pairs(k, encoding.interleaved)
-    distance = distances(q_positions, k_positions, mask)
     total = torch.zeros((), dtype=torch.float64)
-    for i in range(head_dim // 2):
-        turn = torch.exp(1j * distance * encoding.angles(head_dim)[i])
-        decay = encoding.decays(head_dim)[i] ** distance
-        total = total + decay * (q[..., :, None, i] * k[..., None, :, i].conj() * turn).real
+    for i, (angle, decay) in enumerate(zip(encoding.angles(head_dim), encoding.decays(head_dim), strict=True)):
+        product = q[..., :, None, i] * k[..., None, :, i].conj()
+        total = total + decay**distance * (product * torch.exp(1j * distance * angle)).real
     return total
 
 
@@ -148,13 +138,10 @@ def score_sizes(
     q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding, mask: Tensor | None = None
 ) -> Tensor:
     """sum_i zeta_i^((n - m) / s) |q_i| |k_i|: what errors in the factors of a score are relative to."""
-    head_dim = q.shape[-1]
+    decays, distance = encoding.decays(q.shape[-1]), distances(q_positions, k_positions, mask)
     q, k = pairs(q, encoding.interleaved).abs(), pairs(k, encoding.interleaved).abs()
-    distance = distances(q_positions, k_positions, mask)
-    total = torch.zeros((), dtype=torch.float64)
-    for i in range(head_dim // 2):
-        total = total + encoding.decays(head_dim)[i] ** distance * q[..., :, None, i] * k[..., None, :, i]
-    return total
+    terms = (decay**distance * q[..., :, None, i] * k[..., None, :, i] for i, decay in enumerate(decays))
+    return sum(terms, torch.zeros((), dtype=torch.float64))
 
 
 def encode(x: Tensor, angles_at: Tensor, decay_at: Tensor | None, encoding: Encoding) -> Tensor:
@@ -175,14 +162,14 @@ def visible(n: int, block_size: int | None = None) -> Tensor:
     return mask
 
 
-def grouped(q: Tensor, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
-    """Each of (b, g, m, d) with its heads repeated to those of q (b, h, n, d)."""
-    return tuple(t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in keys_and_values)
+def grouped(q: Tensor, t: Tensor) -> Tensor:
+    """t (b, g, m, d) with its heads repeated to those of q (b, h, n, d)."""
+    return t.repeat_interleave(q.shape[1] // t.shape[1], dim=1)
 
 
 def placed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q (b, h, n, d), k (b, g, m, d) repeated to h heads, and their positions: m in all, q has the last n."""
-    (k,) = grouped(q, k)
+    k = grouped(q, k)
     at = torch.arange(k.shape[-2])
     return q, k, at[k.shape[-2] - q.shape[-2] :], at
 
@@ -208,8 +195,7 @@ def logit_sizes(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tenso
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """Softmax attention of q (b, h, n, d) on k, v (b, g, m, d) where mask (n, m) is True: (b, h, n, d), float64."""
-    (v,) = grouped(q, v)
-    return logits(q, k, mask, encoding).softmax(-1) @ v.double()
+    return logits(q, k, mask, encoding).softmax(-1) @ grouped(q, v).double()
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
@@ -230,7 +216,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
         out = scaled_dot_product_attention(
             rows.reshape(b * h * n, 1, 1, d),
             keys.reshape(b * h * n, 1, m, d),
-            grouped(q, v)[0][..., None, :, :].expand(b, h, n, m, d).reshape(b * h * n, 1, m, d),
+            grouped(q, v)[..., None, :, :].expand(b, h, n, m, d).reshape(b * h * n, 1, m, d),
             attn_mask=mask.expand(b, h, n, m).reshape(b * h * n, 1, 1, m),
         )
     return out.reshape(b, h, n, d)
@@ -242,7 +228,7 @@ def unsigned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding, 
     With weights p and dp = upstream v^T, a logit's gradient is p (dp - sum p dp).
     """
     q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
-    (many_v,) = grouped(q, v)
+    many_v = grouped(q, v)
     p = logits(q, k, mask, encoding).softmax(-1).detach()
     dp = upstream.double().abs() @ many_v.detach().abs().mT
     output = p @ many_v.abs()
