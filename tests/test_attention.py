@@ -263,15 +263,6 @@ def test_the_block_equals_the_formula(
     assert_block_is_exact(module, normal(0, b, n, 13, dtype=dtype), autocast=autocast)
 
 
-def test_block_size_may_be_set_on_a_trained_dense_block():
-    module, x = block(), normal(0, 2, 40, 32)
-    dense = module(x)
-    module.block_size = 12
-    assert torch.equal(module(x), block(block_size=12)(x))
-    module.block_size = None
-    assert torch.equal(module(x), dense)
-
-
 def test_dropout_acts_in_training_alone():
     x = normal(0, 2, 40, 32)
     without, module = block()(x), block(dropout=0.5)
@@ -318,15 +309,6 @@ def test_a_block_made_on_the_meta_device_gives_the_loaded_ones_numbers(dtype):
     other.to_empty(device="cpu")
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x), module(x))
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-def test_casting_loses_nothing_but_the_weights_precision(dtype):
-    """A block cast to a half and back has the numbers of one whose weights alone were rounded."""
-    cast, rounded, x = block().to(dtype).float(), block(), normal(0, 2, 77, 32)
-    for parameter in rounded.parameters():
-        parameter.data = parameter.data.to(dtype).float()
-    assert torch.equal(cast(x), rounded(x))
 
 
 @PATTERNS

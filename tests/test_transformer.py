@@ -4,7 +4,6 @@ Axes: b batch, n sequence.
 """
 
 import copy
-import math
 from functools import partial
 
 import pytest
@@ -27,7 +26,7 @@ from reference import (
 from torch import Tensor
 from torch.nn.functional import cross_entropy, sigmoid
 
-from xpos_zoo import XPOS, LogNScaling, MultiHeadAttention, RotaryEmbedding, SoftTail, Transformer
+from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail, Transformer
 
 
 def logits(transformer: Transformer, tokens: Tensor, attend=attention) -> Tensor:
@@ -88,11 +87,6 @@ def test_block_size_temperature_and_bias_reach_every_layer():
     transformer.block_size, transformer.query_scaling, transformer.distance_bias = settings
     assert (transformer.block_size, transformer.query_scaling, transformer.distance_bias) == settings
     assert [(a.block_size, a.query_scaling, a.distance_bias) for a in transformer.attentions] == 3 * [settings]
-    expected, plain = logits(double(transformer), words), logits(transformer, words, plain_attention)
-    # Float32 reaches the one model's numbers, and the other is far from them.
-    assert difference(transformer(words), expected) <= 3 * difference(plain, expected)
-    assert difference(dense, expected) >= 100 * difference(plain, expected)
-
     transformer.block_size = transformer.query_scaling = transformer.distance_bias = None
     assert torch.equal(transformer(words), dense)
 
@@ -105,19 +99,6 @@ def test_a_bias_that_is_a_module_belongs_to_the_layers():
     transformer.distance_bias = SoftTail(2.0, 5)
     assert transformer.distance_bias == SoftTail(2.0, 5)
     assert not any("distance_bias" in name for name in transformer.state_dict())
-
-
-def test_options_reach_every_layer():
-    transformer = model(
-        3, num_kv_heads=2, head_dim=6, positions=partial(XPOS, scale_base=5), block_size=7, dropout=0.25
-    )
-    assert len(transformer.attentions) == 3
-    for attention_block in transformer.attentions:
-        assert isinstance(attention_block, MultiHeadAttention)
-        assert isinstance(attention_block.positions, XPOS)
-        assert attention_block.positions.scale_base == 5
-        assert (attention_block.num_kv_heads, attention_block.head_dim) == (2, 6)
-        assert (attention_block.block_size, attention_block.dropout) == (7, 0.25)
 
 
 @pytest.mark.parametrize("silent", ["feed_forward.down_proj", "attention.out_proj"])
@@ -160,15 +141,6 @@ def test_weights_begin_normal_with_the_documented_deviation(num_layers, tie_embe
         assert abs(parameter.mean().item()) <= 6 * std / count**0.5
         assert parameter.square().mean().item() == pytest.approx(std**2, rel=6 * (2 / count) ** 0.5)
     assert any(name.endswith("down_proj.weight") for name, _ in transformer.named_parameters())
-
-
-def test_a_fresh_model_knows_nothing():
-    words = tokens(4, 60)
-    loss = cross_entropy(model(tie_embeddings=False)(words)[:, :-1].flatten(0, 1), words[:, 1:].flatten())
-    # Logits are sums of 32 products of a normed feature and a weight of deviation 0.02: deviation 0.11, of which half
-    # the square adds to log 50. As slack another half, and 6 deviations of a mean over 236 targets.
-    deviation = 0.02 * 32**0.5
-    assert abs(loss.item() - math.log(50)) <= deviation**2 + 6 * deviation / 236**0.5
 
 
 @PATTERNS
