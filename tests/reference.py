@@ -28,6 +28,7 @@ from xpos_zoo import (
     MultiHeadAttention,
     PositionModule,
     RotaryEmbedding,
+    ScaleInvariant,
     SoftTail,
     Transformer,
 )
@@ -42,13 +43,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Encoding(NamedTuple):
-    """What a position module is told, plain rotary if scale_base is None; and what is added to logits by distance."""
+    """What a position module is told, plain rotary if scale_base is None; and what logits become by distance."""
 
     scale_base: float | None = None
     base: float = 10000.0
     interleaved: bool = True
     bias: Callable[[Tensor], Tensor] | None = None
     max_wavelength: float | None = None
+    gain: Callable[[Tensor], Tensor] | None = None  # what logits are multiplied by before that
 
     def module(self, head_dim: int) -> RotaryEmbedding:
         kind = RotaryEmbedding if self.scale_base is None else partial(XPOS, scale_base=self.scale_base)
@@ -74,11 +76,21 @@ def encoding_of(module: RotaryEmbedding, *biases: DistanceBias | None) -> Encodi
         return sum((formula(distance) for formula in formulas), torch.zeros((), dtype=torch.float64))
 
     scale_base = module.scale_base if isinstance(module, XPOS) else None
-    return Encoding(scale_base, module.base, module.interleaved, total if formulas else None, module.max_wavelength)
+    bias, gain = total if formulas else None, next(filter(None, map(gain_formula, biases)), None)
+    return Encoding(scale_base, module.base, module.interleaved, bias, module.max_wavelength, gain)
+
+
+def gain_formula(bias: Any) -> Callable[[Tensor], Tensor] | None:
+    """a_t of arXiv 2505.17083; None for a bias alone."""
+    if not isinstance(bias, ScaleInvariant):
+        return None
+    return lambda distance: (2 * torch.log(distance.double() / bias.tau + 1) + 1).sqrt()
 
 
 def bias_formula(bias: DistanceBias) -> Callable[[Tensor], Tensor]:
-    """A soft tail is -power ln(m / trained_length) at distances m beyond; others are their own formula."""
+    """A soft tail is -power ln(m / trained_length) at distances m beyond; others but one are their own formula."""
+    if isinstance(bias, ScaleInvariant):
+        return lambda distance: -2 * torch.log(distance.double() / bias.tau + 1)
     if not isinstance(bias, SoftTail):
         return bias
 
@@ -181,15 +193,22 @@ def biases(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     return encoding.bias(distances(*placed(q, k)[2:], mask)).double()
 
 
+def gains(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
+    """What the logits are multiplied by before that, likewise."""
+    if encoding.gain is None:
+        return torch.ones((), dtype=torch.float64)
+    return encoding.gain(distances(*placed(q, k)[2:], mask)).double()
+
+
 def logits(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """Those of q (b, h, n, d) and k (b, g, m, d), minus infinity where mask (n, m) is False: (b, h, n, m)."""
-    scaled = scores(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
+    scaled = gains(q, k, mask, encoding) * scores(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
     return (scaled + biases(q, k, mask, encoding)).masked_fill(~mask, -math.inf)
 
 
 def logit_sizes(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """`score_sizes` over sqrt(d) and the size of the bias, 0 where mask is False; shapes as in `logits`."""
-    scaled = score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
+    scaled = gains(q, k, mask, encoding) * score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
     return (scaled + biases(q, k, mask, encoding).abs()).masked_fill(~mask, 0)
 
 
@@ -203,6 +222,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
 
     Each query comes with keys of its own, decayed by their distance to it, so that no factor exceeds 1.
     """
+    gain = gains(q, k, mask, encoding)[..., None]
     q, k, q_at, k_at = placed(q, k)
     b, h, n, d = q.shape
     m = k.shape[-2]
@@ -211,7 +231,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
         mask = torch.where(mask, bias, -math.inf)
     distance = (q_at[:, None] - k_at).clamp(min=0)
     rows = encode(q, q_at, None, encoding).to(q.dtype)
-    keys = encode(k[..., None, :, :].expand(b, h, n, m, d), k_at.expand(n, m), distance, encoding).to(q.dtype)
+    keys = encode(k[..., None, :, :].expand(b, h, n, m, d), k_at.expand(n, m), distance, encoding)
+    keys = (gain * keys).to(q.dtype)
     with torch.autocast("cpu", enabled=False):
         out = scaled_dot_product_attention(
             rows.reshape(b * h * n, 1, 1, d),

@@ -26,6 +26,7 @@ from reference import (
     bias_formula,
     block,
     document_ids,
+    gain_formula,
     inputs,
     normal,
     relative_error,
@@ -36,7 +37,16 @@ from reference import (
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from xpos_zoo import XPOS, LogNScaling, MultiHeadAttention, PositionModule, RotaryEmbedding, SoftTail, plan
+from xpos_zoo import (
+    XPOS,
+    LogNScaling,
+    MultiHeadAttention,
+    PositionModule,
+    RotaryEmbedding,
+    ScaleInvariant,
+    SoftTail,
+    plan,
+)
 
 WAYS = pytest.mark.parametrize("scale_base", [64, 0.2], ids=["one origin", "in chunks"])
 GPU_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -47,8 +57,10 @@ encodings = st.builds(
     interleaved=st.booleans(),
     bias=st.none(),
     max_wavelength=st.sampled_from([None, 7.0, 50.0]),
+    gain=st.none(),
 )
 tails = st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 45))
+tails |= st.builds(ScaleInvariant, st.sampled_from([0.5, 10.0]))
 
 
 # Exactness
@@ -72,7 +84,7 @@ def test_attention_equals_the_formula(n, w, heads, d, b, dtype, encoding, tail, 
     with mock.patch.object(plan, "QUERY_CHUNK", chunk):
         actual = attended(q, k, v, encoding.module(d), w, distance_bias=tail)
     if tail is not None:
-        encoding = encoding._replace(bias=bias_formula(tail))
+        encoding = encoding._replace(bias=bias_formula(tail), gain=gain_formula(tail))
     assert_attends_exactly(actual, q, k, v, visible(n, w), encoding)
 
 

@@ -22,6 +22,7 @@ from reference import (
     block,
     double,
     encoding_of,
+    gain_formula,
     multi_head_attention,
     normal,
     relative_error,
@@ -30,7 +31,7 @@ from reference import (
 )
 from torch import Tensor
 
-from xpos_zoo import XPOS, KeyValueCache, LogNScaling, MultiHeadAttention, PositionModule, SoftTail
+from xpos_zoo import XPOS, KeyValueCache, LogNScaling, MultiHeadAttention, PositionModule, ScaleInvariant, SoftTail
 from xpos_zoo.attend import attend
 from xpos_zoo.plan import Pattern, Tokens, make_plan
 
@@ -74,7 +75,9 @@ def decoder(block_size: int | None = None, positions: type[XPOS] = XPOS, **optio
     dtype=st.sampled_from(DTYPES),
     interleaved=st.booleans(),
     max_wavelength=st.sampled_from([None, None, 7.0, 50.0]),
-    tail=st.none() | st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 50)),
+    tail=st.none()
+    | st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 50))
+    | st.just(ScaleInvariant(3.0)),
 )
 def test_any_pieces_attend_by_the_formula(
     sizes, block_size, scale_base, heads, dtype, interleaved, max_wavelength, tail
@@ -86,7 +89,7 @@ def test_any_pieces_attend_by_the_formula(
     cache = one_layer(2, g, positions, block_size, max(n, 1), dtype)
     actual = in_pieces(q, k, v, cache, sizes, positions, tail)
     if tail is not None:
-        encoding = encoding._replace(bias=bias_formula(tail))
+        encoding = encoding._replace(bias=bias_formula(tail), gain=gain_formula(tail))
     assert_attends_exactly(actual, q, k, v, visible(n, block_size), encoding)
 
 

@@ -24,6 +24,7 @@ from xpos_zoo import (
     LogNScaling,
     MultiHeadAttention,
     RotaryEmbedding,
+    ScaleInvariant,
     SoftTail,
     apply_rotary_pos_emb,
     fixed_pos_embedding,
@@ -158,8 +159,9 @@ def test_attention_has_two_graphs_for_all_shapes(block_size, mode, compiler_coun
 
 
 @PATTERNS
-def test_a_soft_tail_and_a_temperature_add_no_graph_under_autocast(block_size, compiler_counts):
-    module = block(32, 4, LogNScaling(0.5, 10), SoftTail(3.0, 10), block_size=block_size)
+@pytest.mark.parametrize("bias", [SoftTail(3.0, 10), ScaleInvariant(3.0)])
+def test_logits_by_distance_and_scaled_queries_add_no_graph_under_autocast(bias, block_size, compiler_counts):
+    module = block(32, 4, LogNScaling(0.5, 10), bias, block_size=block_size)
     with torch.autocast("cpu", torch.bfloat16):
         tolerance = 8 * roundoff(torch.bfloat16)  # compiled, it keeps float32 where eager mode rounds between steps
         check_graphs(module, [*inputs(32, LENGTHS)], compiler_counts, graphs_of(block_size), tolerance)

@@ -13,6 +13,7 @@ from xpos_zoo import (
     MultiHeadAttention,
     PositionModule,
     RotaryEmbedding,
+    ScaleInvariant,
     SoftTail,
     apply_rotary_pos_emb,
     duplicate_interleave,
@@ -63,6 +64,7 @@ CASES = [
     # What changes logits
     (lambda: SoftTail(math.nan, 10), "power must be 0 or above and finite, got nan"),
     (lambda: SoftTail(2.0, 0), "trained_length must be above 0, got 0"),
+    (lambda: ScaleInvariant(0.0), "tau must be above 0 and finite, got 0.0"),
     (lambda: LogNScaling(math.inf, 10), "coefficient must be 0 or above and finite, got inf"),
     (lambda: LogNScaling(0.1, -5), "trained_length must be above 0, got -5"),
     # Attention

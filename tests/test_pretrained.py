@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail, Transformer, TransformerConfig
+from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, Transformer, TransformerConfig
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -39,7 +39,7 @@ def make(**options: Any) -> Transformer:
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
 def test_a_model_that_is_saved_and_loaded_gives_the_same_logits_bit_for_bit(options, tmp_path):
     model = make(**options)
-    model.distance_bias = SoftTail(1.5, 8)
+    model.distance_bias = ScaleInvariant(5.0)
     model.save_pretrained(tmp_path / "model")
     loaded = Transformer.from_pretrained(tmp_path / "model")
     assert loaded.config == model.config
@@ -133,7 +133,7 @@ class OwnPositions(RotaryEmbedding):
     ("name", "value", "said"),
     [
         ("positions", OwnPositions(8), "positions must be XPOS or RotaryEmbedding to be saved, got OwnPositions"),
-        ("distance_bias", lambda distance: -distance, "distance_bias must be SoftTail to be saved, got function"),
+        ("distance_bias", lambda distance: -distance, "distance_bias must be SoftTail or ScaleInvariant to be saved"),
         ("positions.rates", RotaryEmbedding(8).rates, "positions must have the rates of their arguments to be saved"),
         ("dropout", 0.5, "dropout must be the same in all layers to be saved, got [0.0, 0.5]"),
     ],
@@ -191,7 +191,7 @@ def stored(change):
         (edited(positions={"name": "os.system"}), "config.json: positions must be a mapping with the name XPOS or "),
         (edited(positions={"name": "XPOS", "scale": 3}), "unexpected keyword argument 'scale'"),
         (edited(positions={"name": "XPOS", "scale_base": 0}), "config.json: scale_base must be above 0 and finite"),
-        (edited(distance_bias={"name": "eval"}), "distance_bias must be a mapping with the name SoftTail, got "),
+        (edited(distance_bias={"name": "eval"}), "distance_bias must be a mapping with the name SoftTail or"),
         (edited(hidden_dim=32), "size mismatch for layers.0.feed_forward.gate_proj.weight"),
         (edited(num_layers=1), "model.safetensors: "),
         (stored(lambda weights: weights.pop("norm.weight")), 'Missing key(s) in state_dict: "norm.weight"'),

@@ -1,7 +1,7 @@
 """xPos attention for PyTorch: exact at any length, in any precision, compiled or not."""
 
 from xpos_zoo.attention import MultiHeadAttention
-from xpos_zoo.bias import DistanceBias, LogNScaling, SoftTail
+from xpos_zoo.bias import DistanceBias, LogNScaling, ScaleInvariant, SoftTail
 from xpos_zoo.cache import KeyValueCache
 from xpos_zoo.pretrained import TransformerConfig
 from xpos_zoo.rotary import (
@@ -23,6 +23,7 @@ __all__ = [
     "MultiHeadAttention",
     "PositionModule",
     "RotaryEmbedding",
+    "ScaleInvariant",
     "SoftTail",
     "Transformer",
     "TransformerConfig",

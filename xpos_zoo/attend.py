@@ -12,7 +12,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
 from xpos_zoo.cache import LayerCache
 from xpos_zoo.plan import Pattern, Plan, Window, block_count, chunks, known
@@ -102,10 +102,10 @@ def attend_window(
         seen = k[:, keys]
         if window.shifts is not None:
             seen = shifted(seen, window.shifts[i], plan.part, pattern)
-        mask = window.mask
+        mask, gain = window.mask, window.gain
         if window.masked and mask is None:
-            mask = window.make_mask(rows, keys, pattern, q.dtype)
-        outputs.append(softmax_attention(q[:, rows], seen, v[:, keys], mask, dropout_p))
+            mask, gain = window.logits_by_distance(rows, keys, pattern, q.dtype)
+        outputs.append(softmax_attention(q[:, rows], seen, v[:, keys], mask, gain, dropout_p))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
@@ -118,11 +118,16 @@ def shifted(k: Tensor, table: Tensor, p: int, pattern: Pattern) -> Tensor:
     return rearrange(parts, "b j p g d -> b (j p) g d")[:, :m]
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gain: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
     """Softmax attention of q (b, n, h, d) to k, v (b, m, g, d): (b, n, h, d).
 
-    The mask is added to the logits. Without one it is causal, and the last query sees the last key.
+    Scaled scores are multiplied by the gain, and the mask is added. Without one it is causal, and the last query sees
+    the last key.
     """
+    if gain is not None and mask is not None:
+        return gained_attention(q, k, v, mask, gain, dropout_p)
     q, k, v = (rearrange(t, "b n h d -> b h n d") for t in (q, k, v))
     cuda, grouped = q.device.type == "cuda", k.shape[1] != q.shape[1]
     if mask is None and q.shape[2] != k.shape[2]:
@@ -144,16 +149,31 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop
     return rearrange(out, "b h n d -> b n h d")
 
 
+def gained_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, gain: Tensor, dropout_p: float) -> Tensor:
+    """As `softmax_attention`, in plain products: no fused kernel multiplies scores."""
+    g, r, dtype = k.shape[2], q.shape[2] // k.shape[2], at_least_float32(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        k, v = (rearrange(t, "b m g d -> b g m d") for t in (k, v))
+        q = rearrange(q, "b n (g r) d -> b g (r n) d", g=g)
+        scores = rearrange(q.to(dtype) @ k.to(dtype).mT, "b g (r n) m -> b (g r) n m", r=r)
+        weights = (scores * (gain / q.shape[-1] ** 0.5) + mask).softmax(-1).to(v.dtype)
+        weights = rearrange(dropout(weights, dropout_p), "b (g r) n m -> b g (r n) m", g=g)
+        return rearrange(weights @ v, "b g (r n) d -> b n (g r) d", r=r)
+
+
 def attend_parts(q: Tensor, k: Tensor, v: Tensor, plan: Plan, pattern: Pattern) -> Tensor:
     """One query a row (b, 1, h, d), not yet rotated, in a version for each part, on slots k, v (b, s, g, d)."""
     g, window = k.shape[2], plan.windows[0]
     parts = 1 if plan.q_table is None else plan.q_table.shape[2]
     versions = q if plan.q_table is None else pattern.positions.rotated(q, plan.q_table)
-    mask = window.make_mask(slice(None), slice(None), pattern, q.dtype) if window.mask is None else window.mask
+    mask, gain = window.mask, window.gain
+    if mask is None:
+        mask, gain = window.logits_by_distance(slice(None), slice(None), pattern, q.dtype)
     with torch.autocast(q.device.type, enabled=False):  # it would round the scores
         versions = rearrange(versions, "b j (g r) d -> b g j r d", g=g)
         scores = products(versions, rearrange(k, "b (j p) g d -> b g j p d", j=parts)) / q.shape[-1] ** 0.5
         scores = rearrange(scores, "b g j r p -> b (g r) 1 (j p)")
+        scores = scores if gain is None else scores * gain
         weights = rearrange((scores + mask).softmax(-1).to(q.dtype), "b (g r) 1 s -> b g r s", g=g)
         attended = weights @ rearrange(v, "b s g d -> b g s d")
     return rearrange(attended, "b g r d -> b 1 (g r) d")

@@ -1,4 +1,4 @@
-"""What changes attention logits besides q and k: a bias by distance, a factor on queries by how many keys they see.
+"""What changes attention logits besides q and k: gain and bias by distance, a factor on queries by the keys they see.
 
 Axes: b batch, h heads, n queries, m keys.
 """
@@ -16,6 +16,9 @@ class DistanceBias(Protocol):
 
     `distance`, query's position minus key's, holds integers (b, 1, n, m), at least 0 wherever the query may look. The
     bias is float32 and broadcasts against (b, h, n, m); minus infinity hides a key.
+
+    One that has a method `gain(distance)`, too, of the same shapes, has the scaled score multiplied by it before: at
+    distance t a score S becomes gain_t S + bias_t.
     """
 
     def __call__(self, distance: Tensor) -> Tensor: ...
@@ -46,6 +49,28 @@ class SoftTail:
 
     def __call__(self, distance: Tensor) -> Tensor:
         return -self.power * torch.log((distance.float() / self.trained_length).clamp(min=1))
+
+
+@dataclass(frozen=True)
+class ScaleInvariant:
+    """Logits whose share of far keys does not grow with their number, in training and after (arXiv 2505.17083).
+
+    At distance t a score S becomes a_t S + 1 - a_t^2, where a_t^2 = 2 ln(t / tau + 1) + 1: the keys between t and 2 t
+    together weigh the same for every t above tau, and one among them can still be told from all others. ValueError if
+    tau is not positive and finite.
+    """
+
+    tau: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"tau must be above 0 and finite, got {self.tau}")
+
+    def gain(self, distance: Tensor) -> Tensor:
+        return (2 * torch.log1p(distance.clamp(min=0).float() / self.tau) + 1).sqrt()
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        return -2 * torch.log1p(distance.clamp(min=0).float() / self.tau)
 
 
 @dataclass(frozen=True)

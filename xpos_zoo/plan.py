@@ -5,6 +5,7 @@ Axes: b batch, h heads, n queries, m keys, j blocks or parts, w tokens in a bloc
 
 import sys
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -105,7 +106,8 @@ class Window:
         shifts: for each chunk of queries, the table (rows, ..., j, 1, 1, i) that brings the keys of each part to the
             chunk's origin; None if they are measured from it already.
         masked: whether attention takes a mask; else it is causal, and the last query sees the last key.
-        mask: the mask, if it is the same for all queries and layers.
+        mask, gain: what is added to the logits and, if any pattern asks for that, what they are multiplied by before,
+            if they are the same for all queries and layers.
     """
 
     q_at: Tensor
@@ -115,9 +117,13 @@ class Window:
     shifts: tuple[Tensor, ...] | None = None
     masked: bool = True
     mask: Tensor | None = None
+    gain: Tensor | None = None
 
-    def make_mask(self, rows: slice, keys: slice, pattern: Pattern, dtype: torch.dtype) -> Tensor:
-        """What is added to the logits of some queries and keys, (..., n, m): a bias, minus infinity where unseen."""
+    def logits_by_distance(
+        self, rows: slice, keys: slice, pattern: Pattern, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is added to the logits of some queries and keys, (b, h, n, m): a bias, minus infinity where unseen; and
+        what they are multiplied by before, if any."""
         q_at, k_at = self.q_at[..., rows], self.k_at[..., keys]
         q_ids = None if self.q_ids is None else self.q_ids[..., rows]
         k_ids = None if self.k_ids is None else self.k_ids[..., keys]
@@ -127,13 +133,15 @@ class Window:
         # On the CPU it may be more precise than q. CUDA's memory-efficient kernel wants q's dtype, so that there a bias
         # is rounded: one of 10 by up to 0.03 in bfloat16, 0.004 in float16.
         dtype = dtype if q_at.device.type == "cuda" else at_least_float32(dtype)
-        return torch.where(seen, bias, -torch.inf).to(dtype)
+        gains = [bias.gain(distance) for bias in pattern.biases if hasattr(bias, "gain")]  # type: ignore[attr-defined]
+        return torch.where(seen, bias, -torch.inf).to(dtype), reduce(torch.mul, gains) if gains else None
 
     def planned(self, pattern: Pattern, dtype: torch.dtype, chunk: int) -> "Window":
-        """With its mask, if all queries go at once (masks of all chunks would be n x m) and no layer has its own."""
+        """With mask and gain, if all queries go at once (for all chunks they are n x m) and no layer has its own."""
         if not self.masked or self.q_at.shape[-1] > chunk or pattern.learned:
             return self
-        return replace(self, mask=self.make_mask(slice(None), slice(None), pattern, dtype))
+        mask, gain = self.logits_by_distance(slice(None), slice(None), pattern, dtype)
+        return replace(self, mask=mask, gain=gain)
 
 
 class Plan:
