@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, Transformer, TransformerConfig
+from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, ScaleInvariant, Transformer, TransformerConfig
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
