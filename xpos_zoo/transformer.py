@@ -100,10 +100,7 @@ class Transformer(nn.Module):
         tie_embeddings: whether the output projection is the embedding's transpose.
 
     The attribute `checkpoint_activations`, False at first, has training keep a layer's input alone for the backward
-    pass and compute the rest again: less memory for a third more work.
-
-    Raises:
-        ValueError: for a size that is not positive or does not divide as `MultiHeadAttention` says.
+    pass and compute the rest again: less memory for a third more work. ValueError as in `MultiHeadAttention`.
     """
 
     def __init__(
@@ -288,8 +285,7 @@ class Transformer(nn.Module):
             seed: of the random numbers; by default torch's own go on.
             decode: what to call for a step instead of this model, such as `torch.compile(model, fullgraph=True)`.
 
-        Raises:
-            ValueError: an argument is out of range or has another shape.
+        ValueError, at once, if an argument is out of range or has another shape.
         """
         check_tokens(tokens)
         n = tokens.shape[1]
