@@ -195,25 +195,6 @@ def test_a_token_changes_what_sees_it_and_nothing_else_to_the_last_bit(at, w, dt
         assert (after != before)[..., sees, :].any(-1).all()
 
 
-@WAYS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_stands_more_than_a_block_before_does_not_matter_nor_how_much(dtype, scale_base):
-    w, blocks, xpos = 10, 5, XPOS(8, scale_base)
-    q, k, v = inputs((blocks + 4) * w + 3, dtype=dtype, grad=False)
-    later = attended(q, k, v, xpos, w)
-    q, k, v = (t[..., blocks * w :, :] for t in (q, k, v))
-    alone = attended(q, k, v, xpos, w)
-    assert torch.equal(later[..., (blocks + 1) * w :, :], alone[..., w:, :])
-
-
-def test_a_packed_document_attends_as_it_would_alone():
-    q, k, v = inputs(50, grad=False)
-    packed = attended(q, k, v, XPOS(8, 64), document_ids=torch.arange(50).expand(2, -1) // 17)
-    documents = zip(*(t.split(17, dim=-2) for t in (q, k, v)), strict=True)
-    alone = [attended(q, k, v, XPOS(8, 64)) for q, k, v in documents]
-    assert relative_error(packed, torch.cat(alone, -2)) <= 1e-5
-
-
 @pytest.mark.parametrize("w", [None, 16], ids=["dense", "blockwise"])
 @pytest.mark.parametrize(("positions", "scale_base"), [(XPOS, 0.2), (Sloped, 64), (Sloped, 0.2)])
 def test_no_tensor_grows_faster_than_the_sequence(positions, scale_base, w, monkeypatch):

@@ -60,19 +60,6 @@ def test_the_documented_examples_encode_by_the_formula():
     assert relative_error(output, encode(x, at, 11 - at, Encoding(512))) <= 5 * roundoff(torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("length", "offset", "exponents"),
-    [(5, 0, [-3, -2, -1, 0, 1]), (6, 0, [-3, -2, -1, 0, 1, 2]), (5, 2, [-2, -1, 0, 1, 2]), (1, 7, [3])],
-)
-@pytest.mark.parametrize("downscale", [False, True])
-def test_exponents_are_torchscales(length, offset, exponents, downscale):
-    ones = torch.ones(length, 2, dtype=torch.float64)
-    grown = XPOS(2, scale_base=1)(ones, offset, downscale).norm(dim=-1) / math.sqrt(2)  # rotation keeps the norm
-    actual = grown.log() / math.log(2 / 7)
-    expected = torch.tensor(exponents).double() * (-1 if downscale else 1)
-    assert (actual - expected).abs().max() <= 8 * roundoff(torch.float64)
-
-
 @given(
     head_dim=even,
     total=st.integers(1, 24),

@@ -91,8 +91,7 @@ def attend_window(
 ) -> Tensor:
     """Attention of rotated q (b, n, h, d) to what the window shows of k, v (b, m, g, d), a chunk of queries at a time.
 
-    Each chunk measures positions from its own middle, if one origin for all would let factors overflow: those of far
-    keys then vanish as their scores do.
+    With shifts, each chunk measures positions from its own middle: factors of far keys vanish as their scores do.
     """
     n, m = q.shape[1], k.shape[1]
     outputs = []
@@ -110,7 +109,7 @@ def attend_window(
 
 
 def shifted(k: Tensor, table: Tensor, p: int, pattern: Pattern) -> Tensor:
-    """Keys (b, m, g, d), rotated relative to the starts of their parts of p, rotated on by a factor for each part."""
+    """Keys (b, m, g, d), rotated relative to the starts of their parts of p keys, rotated on by a table of parts."""
     m = k.shape[1]
     k = k if known(m % p == 0) else pad(k, (0, 0, 0, 0, 0, -m % p))
     parts = rearrange(k, "b (j p) g d -> b j p g d", p=p)

@@ -40,8 +40,7 @@ class MultiHeadAttention(nn.Module):
         distance_bias: None, or a `DistanceBias` such as `SoftTail`; a module's parameters are trained with the others.
             Attention is then masked, 1024 queries at a time; training keeps all masks.
 
-    Raises:
-        ValueError: for a size that is not positive or does not divide as said.
+    ValueError if a size is not positive or does not divide as said.
     """
 
     block_size: int | None
@@ -105,11 +104,8 @@ class MultiHeadAttention(nn.Module):
         super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        return (
-            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, block_size={self.block_size}, query_scaling={self.query_scaling}, "
-            f"distance_bias={self.distance_bias}"
-        )
+        names = "embed_dim", "num_heads", "num_kv_heads", "head_dim", "block_size", "query_scaling", "distance_bias"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def make_cache(self, batch_size: int, max_length: int | None = None, **options: Any) -> KeyValueCache:
         """An empty cache for `forward`, for the `block_size` of now; arguments as for `KeyValueCache`."""
@@ -141,10 +137,9 @@ class MultiHeadAttention(nn.Module):
             plan: of a model, which has checked its arguments and holds lengths and document_ids; the cache is then this
                 layer's part of the model's, and the model advances it.
 
-        Raises:
-            ValueError: an argument has another shape, a dtype that the weights or the cache do not fit, or does not go
-                with another; the cache is full (in a compiled graph a RuntimeError, on CUDA a failed assertion of the
-                device, which ends its use).
+        ValueError if an argument has another shape, a dtype that the weights or the cache do not fit, or does not go
+        with another, or the cache is full (in a compiled graph a RuntimeError, on CUDA a failed assertion of the
+        device, which ends its use).
         """
         if plan is None:
             if cache is not None and not isinstance(cache, KeyValueCache):
@@ -178,11 +173,7 @@ class MultiHeadAttention(nn.Module):
 def plan_layers(
     layers: list[MultiHeadAttention], x: Tensor, cache: KeyValueCache | None, lengths: Tensor | None, ids: Tensor | None
 ) -> list[Plan]:
-    """A plan for each layer, one and the same for those that attend alike, for inputs like x (b, n, embed_dim).
-
-    Raises:
-        ValueError: as `MultiHeadAttention.forward`, for arguments that do not fit the layers or each other.
-    """
+    """A plan for each layer, one for those that attend alike; checks arguments as `MultiHeadAttention.forward` says."""
     b, n, _ = x.shape
     if ids is not None:
         require_integers("document_ids", ids, x.shape[:2])

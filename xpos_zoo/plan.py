@@ -136,7 +136,7 @@ class Window:
         gains = [bias.gain(distance) for bias in pattern.biases if hasattr(bias, "gain")]  # type: ignore[attr-defined]
         return torch.where(seen, bias, -torch.inf).to(dtype), reduce(torch.mul, gains) if gains else None
 
-    def planned(self, pattern: Pattern, dtype: torch.dtype, chunk: int) -> "Window":
+    def with_mask(self, pattern: Pattern, dtype: torch.dtype, chunk: int) -> "Window":
         """With mask and gain, if all queries go at once (for all chunks they are n x m) and no layer has its own."""
         if not self.masked or self.q_at.shape[-1] > chunk or pattern.learned:
             return self
@@ -206,7 +206,7 @@ def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) ->
         k_table = make_table(pattern, q_at % p, tokens)
         part_at = torch.arange(0, k_at.shape[-1], p, device=tokens.device)
         shifts = shift_tables(pattern, tokens, part_at - tokens.first, n, chunk)
-    window = Window(q_at, k_at, ids, ids, shifts, masked).planned(pattern, tokens.dtype, chunk)
+    window = Window(q_at, k_at, ids, ids, shifts, masked).with_mask(pattern, tokens.dtype, chunk)
     slots = None if cache is None else make_slots(tokens, cache, k_table)
     return Plan(scaled(q_table, pattern, q_at), k_table, (window,), chunk, p, slots)
 
@@ -219,8 +219,8 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
     n, ids, span = tokens.n, tokens.document_ids, pattern.positions.max_span(tokens.dtype)
     blocks, at = block_count(n, w, cache is not None), torch.arange(2 * w, device=tokens.device)
     p = part_size(pattern.positions, w)
-    needed = bool(pattern.biases) or ids is not None
-    masked = needed or not aligned(pattern, tokens)
+    must_mask = bool(pattern.biases) or ids is not None
+    masked = must_mask or not aligned(pattern, tokens)
     if 2 * w <= span:  # one origin for both blocks
         chunk = min(w, QUERY_CHUNK) if masked else ALL
         k_table = make_table(pattern, at - w, tokens)
@@ -236,7 +236,7 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
     if cache is not None and tokens.length is not None:
         start = first_seen(tokens.length[:, None], w)
         q_at = start + q_at
-        # Places after a row's last token repeat it: nobody asks for them, and padding may hold anything.
+        # Places after a row's last token repeat it, for padding may hold anything; their outputs are dropped.
         token = (q_at - tokens.first).clamp(max=n - 1 if tokens.count is None else tokens.count[:, None] - 1)  # type: ignore[arg-type]
         slots = replace(
             make_slots(tokens, cache, make_table(pattern, tokens.positions % cache.part_size, tokens)),
@@ -249,9 +249,9 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
         ids = rearrange(pad(ids, (0, blocks * w - n)), "b (j w) -> b j w", w=w)
         first_ids, rest_ids = ids[:, 0], ids[:, 1:].flatten(0, 1)
         k_ids = torch.cat((ids[:, :-1], ids[:, 1:]), dim=-1).flatten(0, 1)
-    first = Window(at[:w], at[:w], first_ids, first_ids, first_shifts, needed or (masked and chunk < w))
+    first = Window(at[:w], at[:w], first_ids, first_ids, first_shifts, must_mask or (masked and chunk < w))
     rest = Window(at[w:], at, rest_ids, k_ids, shifts, masked)
-    both = first.planned(pattern, tokens.dtype, chunk), rest.planned(pattern, tokens.dtype, chunk)
+    both = first.with_mask(pattern, tokens.dtype, chunk), rest.with_mask(pattern, tokens.dtype, chunk)
     q_table = scaled(q_table, pattern, rearrange(q_at, "... (j w) -> ... j w", w=w))
     return Plan(q_table, k_table, both, chunk, p, slots)
 
@@ -266,7 +266,7 @@ def plan_token(pattern: Pattern, tokens: Tokens, cache: LayerCache) -> Plan:
     versions = (q_at - k_at[:, ::p]).clamp(min=0)
     both = make_table(pattern, torch.cat((versions, q_at % p), dim=1), tokens)
     q_table, k_table = (None, None) if both is None else (both[:, :, :-1], both[:, :, -1:])
-    window = Window(q_at, k_at).planned(pattern, tokens.dtype, 1)
+    window = Window(q_at, k_at).with_mask(pattern, tokens.dtype, 1)
     return Plan(scaled(q_table, pattern, q_at), k_table, (window,), 1, p, make_slots(tokens, cache, k_table))
 
 

@@ -57,11 +57,7 @@ class TransformerConfig:
 
 
 def to_named(kind: str, thing: Any) -> Named | None:
-    """What a configuration says of positions, query_scaling or distance_bias.
-
-    Raises:
-        ValueError: the library could not make it again.
-    """
+    """What a configuration says of positions, query_scaling or distance_bias; ValueError if it cannot say it."""
     if thing is None:
         return None
     known = type(thing)
@@ -74,11 +70,9 @@ def to_named(kind: str, thing: Any) -> Named | None:
 
 
 def from_named(kind: str, named: Any) -> Any:
-    """The inverse of `to_named`; of positions, what is called with head_dim. A list for a list.
+    """The inverse of `to_named`; of positions, a function of head_dim. A list for a list.
 
-    Raises:
-        ValueError: the library has nothing of that name.
-        TypeError: it has other arguments.
+    ValueError if the library has nothing of that name, TypeError if it has other arguments.
     """
     if isinstance(named, list):
         return [from_named(kind, each) for each in named]

@@ -164,8 +164,7 @@ def apply_rotary_pos_emb(x: Tensor, sin: Tensor, cos: Tensor, scale: float | Ten
             width, of which column 2i is for pair i. Leading dimensions broadcast against x's.
         scale: a number, or a tensor of either table width, or of width 1.
 
-    Raises:
-        ValueError: x is no floating-point tensor, dim is odd or zero, or a table's shape does not fit x.
+    ValueError if x is no floating-point tensor, dim is odd or zero, or a table's shape does not fit x.
     """
     if not x.is_floating_point():
         raise ValueError(f"x must have a floating-point dtype, got {x.dtype}")
@@ -201,10 +200,8 @@ class PositionModule(nn.Module):
     of heads (h, n, m), as ALiBi's is.
 
     It keeps no table: angles and decays are evaluated from integers, without float64 (unless q and k are float64), so
-    that neither `.half()`, nor autocast, nor an earlier call changes a result.
-
-    Raises:
-        ValueError: a rate is not finite, or a lambda is above 0, with which scores would grow with distance.
+    that neither `.half()`, nor autocast, nor an earlier call changes a result. ValueError if a rate is not finite, or a
+    lambda is above 0, with which scores would grow with distance.
     """
 
     increments: Tensor
@@ -328,8 +325,7 @@ class RotaryEmbedding(PositionModule):
             arXiv 2410.06205); None rotates all.
         interleaved: see `PositionModule`.
 
-    Raises:
-        ValueError: head_dim is odd or not positive, base is not positive, or max_wavelength leaves no pair.
+    ValueError if head_dim is odd or not positive, base is not positive, or max_wavelength leaves no pair.
     """
 
     def __init__(

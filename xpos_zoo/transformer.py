@@ -100,10 +100,7 @@ class Transformer(nn.Module):
         tie_embeddings: whether the output projection is the embedding's transpose.
 
     The attribute `checkpoint_activations`, False at first, has training keep a layer's input alone for the backward
-    pass and compute the rest again: less memory for a third more work.
-
-    Raises:
-        ValueError: for a size that is not positive or does not divide as `MultiHeadAttention` says.
+    pass and compute the rest again: less memory for a third more work. ValueError as in `MultiHeadAttention`.
     """
 
     def __init__(
@@ -124,33 +121,17 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         require_sizes(vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers)
-        if hidden_dim is None:
-            hidden_dim = -(-8 * embed_dim // (3 * 32)) * 32
+        hidden_dim = -(-8 * embed_dim // (3 * 32)) * 32 if hidden_dim is None else hidden_dim
         require_sizes(hidden_dim=hidden_dim)
         self.vocab_size = vocab_size
         self.checkpoint_activations = False
         self.embedding = nn.Embedding(vocab_size, embed_dim)
+        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "dropout": dropout}
         self.layers = nn.ModuleList(
-            DecoderLayer(
-                MultiHeadAttention(
-                    embed_dim,
-                    num_heads,
-                    num_kv_heads=num_kv_heads,
-                    head_dim=head_dim,
-                    positions=own_positions,
-                    block_size=own_block_size,
-                    dropout=dropout,
-                ),
-                hidden_dim,
-                dropout,
-            )
-            for own_positions, own_block_size in zip(
-                each_layer("positions", positions, num_layers),
-                each_layer("block_size", block_size, num_layers),
-                strict=True,
-            )
+            DecoderLayer(MultiHeadAttention(embed_dim, num_heads, positions=own, **options), hidden_dim, dropout)
+            for own in each_layer("positions", positions, num_layers)
         )
-        self.query_scaling = query_scaling
+        self.block_size, self.query_scaling = block_size, query_scaling
         self.norm = nn.RMSNorm(embed_dim, NORM_EPS)
         self.head = nn.Linear(embed_dim, vocab_size, bias=False)
         if tie_embeddings:
@@ -168,7 +149,6 @@ class Transformer(nn.Module):
 
     @property
     def attentions(self) -> list[MultiHeadAttention]:
-        """The attention of each layer."""
         return [layer.attention for layer in self.layers]  # type: ignore[union-attr]
 
     block_size = setting("block_size", "None for dense attention, else the block size of blockwise attention")
@@ -183,10 +163,7 @@ class Transformer(nn.Module):
 
     @property
     def config(self) -> TransformerConfig:
-        """That from which `from_config` makes this model again, but for its weights.
-
-        ValueError if the library does not know a position module or a distance bias, or layers differ otherwise.
-        """
+        """All but the weights, for `from_config`; ValueError if that is more than a configuration can say."""
         values: dict[str, Any] = {}
         for name in ("num_heads", "num_kv_heads", "head_dim", "dropout"):
             values[name] = one_or_list([getattr(attention, name) for attention in self.attentions])
@@ -206,7 +183,7 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_config(cls, config: TransformerConfig) -> Self:
-        """A fresh model. Raises ValueError, or TypeError for what a named class does not take, as the classes do."""
+        """A fresh model; ValueError or TypeError, as classes raise them, if a value or an argument is wrong."""
         values = vars(config) | {kind: from_named(kind, getattr(config, kind)) for kind in KNOWN}
         distance_bias = values.pop("distance_bias")
         model = cls(**values)
@@ -308,8 +285,7 @@ class Transformer(nn.Module):
             seed: of the random numbers; by default torch's own go on.
             decode: what to call for a step instead of this model, such as `torch.compile(model, fullgraph=True)`.
 
-        Raises:
-            ValueError: an argument is out of range or has another shape.
+        ValueError, at once, if an argument is out of range or has another shape.
         """
         check_tokens(tokens)
         n = tokens.shape[1]

@@ -31,10 +31,8 @@ class XPOS(RotaryEmbedding):
         base, interleaved: see `RotaryEmbedding`.
 
     `scale` holds zeta as a float32 buffer, (head_dim / 2,), so that state dicts are those of torchscale and zeta.
-    Nothing is computed from it; loading other values is an error.
-
-    Raises:
-        ValueError: as `RotaryEmbedding`, or scale_base is not positive.
+    Nothing is computed from it; loading other values is an error. ValueError if scale_base is not positive, or as
+    `RotaryEmbedding`.
     """
 
     scale: Tensor
