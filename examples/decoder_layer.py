@@ -39,6 +39,7 @@ def swapped(decoder: nn.TransformerDecoder, positions: Callable[[int], PositionM
     """A copy whose layers attend to themselves with these positions, with the weights that they have."""
     decoder = copy.deepcopy(decoder)
     for layer in decoder.layers:
+        assert isinstance(layer.self_attn, nn.MultiheadAttention)
         layer.self_attn = CausalSelfAttention(layer.self_attn, positions)
     return decoder
 
@@ -56,15 +57,16 @@ def main() -> dict[str, float]:
     ours = swapped(theirs, XPOS)
     output = ours(target, memory, tgt_mask=mask)
     of_target, of_memory = torch.autograd.grad(output[:, :10].sum(), (target, memory))
+    differences = [(found - expected).abs().max().item() for found in (without(target, memory), output)]
     return {
-        "without positions, largest difference from torch's layer": (without(target, memory) - expected).abs().max().item(),
-        "with xPos, largest difference from torch's layer": (output - expected).abs().max().item(),
-        "gradient of the first 10 outputs for the first 10 tokens": of_target[:, :10].norm().item(),
-        "gradient of the first 10 outputs for the tokens after them": of_target[:, 10:].norm().item(),
-        "gradient of the first 10 outputs for the encoder's memory": of_memory.norm().item(),
+        "without positions, largest difference from torch's": differences[0],
+        "with xPos, largest difference from torch's": differences[1],
+        "gradient of the first 10 outputs for their tokens": of_target[:, :10].norm().item(),
+        "gradient of the first 10 outputs for later tokens": of_target[:, 10:].norm().item(),
+        "gradient of the first 10 outputs for the memory": of_memory.norm().item(),
     }
 
 
 if __name__ == "__main__":
     for name, value in main().items():
-        print(f"{name:58} {value:.2g}")
+        print(f"{name:50} {value:.2g}")

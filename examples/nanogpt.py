@@ -66,8 +66,9 @@ def main() -> dict[str, float]:
     with torch.no_grad():
         losses = {"64 rows of 64 bytes": loss(model, held_out.unfold(0, LENGTH + 1, LENGTH)).item()}
         losses["one row of 4096, dense"] = loss(model, held_out[None]).item()
-        for block in model.h:
-            block.attn.block_size = LENGTH // 2
+        for module in model.modules():
+            if isinstance(module, MultiHeadAttention):
+                module.block_size = LENGTH // 2
         losses["one row of 4096, blockwise"] = loss(model, held_out[None]).item()
     return losses
 

@@ -30,6 +30,7 @@ def main() -> dict[str, float]:
     cache = model.make_cache(batch_size=1)
     start = torch.zeros(1, dtype=torch.int64)
     stream = endless(model, start, cache)
+    claims: dict[str, float] = {}
 
     def measured_step() -> tuple[Tensor, Tensor]:
         with FlopCounterMode(display=False) as counter:
@@ -38,7 +39,6 @@ def main() -> dict[str, float]:
         claims.update({f"{what}, token {int(cache.length)}": value for what, value in cost.items()})
         return step
 
-    claims: dict[str, float] = {}
     steps = [measured_step(), *islice(stream, LENGTH - 2), measured_step()]
 
     logits = torch.cat([logits for logits, _ in steps])
