@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 .PHONY: demo study test soak lint clean
 
 demo: $(VENV)/installed  ## train both encodings, evaluate them, draw the plot
-	$(BIN)/python -m train.demo
+	$(BIN)/python -m study.demo
 
 study: $(VENV)/installed  ## all that docs/extrapolation.md reports: more than an hour
-	$(BIN)/python -m train.study $(STUDY)
+	$(BIN)/python -m study $(STUDY)
 
 test: lint  ## linters, type checker, all tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -4,6 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,12 +43,25 @@ def copy_of_trained(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-@pytest.fixture
-def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rough bootstrap intervals, for speed: test_report.py tests fine ones."""
-    import train.measured  # the trainer, which tests of the library do without
+@pytest.fixture(scope="session")
+def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs at L = 16, made from that one: xpos/seed1, xpos/seed2, rotary/seed1; not to be changed."""
+    from tiny import changed_run
 
-    monkeypatch.setattr(train.measured, "REPLICATES", 20)
+    def second_seed(content: dict[str, Any]) -> None:
+        content["datamodule_hyper_parameters"]["seed"] = 2
+        content["state_dict"]["transformer.embedding.weight"] *= 3
+
+    def rotary(content: dict[str, Any]) -> None:
+        content["hyper_parameters"]["positions"] = {"class_path": "xpos_zoo.RotaryEmbedding"}
+        content["hyper_parameters"]["scale_base"] = None
+        content["state_dict"].pop("transformer.layers.0.attention.positions.scale")
+
+    folder = tmp_path_factory.mktemp("runs")
+    changed_run(trained, folder / "xpos" / "seed1", lambda content: None)
+    changed_run(trained, folder / "xpos" / "seed2", second_seed)
+    changed_run(trained, folder / "rotary" / "seed1", rotary)
+    return folder
 
 
 @pytest.fixture

@@ -99,25 +99,7 @@ def complaint_of(command: Callable[[list[str]], None], args: list[str], capfd: p
     return line.removeprefix("error: ")
 
 
-# What every measurement of runs answers to a wrong argument, with those of its own.
-WRONG_ARGUMENTS: list[tuple[list[str], str]] = [
-    ([], "required: runs"),
-    (["{runs}", "--temperature", "-1"], "temperature must be 0 or above and finite, got -1.0"),
-    (["{runs}", "--temperature", ".nan"], "temperature must be 0 or above and finite, got nan"),
-    (["{runs}", "--tail", ".inf"], "tail must be 0 or above and finite, got inf"),
-    (["{runs}", "--device", "abacus"], "device must be auto, cpu or cuda, got abacus"),
-    (["nowhere"], "runs: there is no folder 'nowhere'"),
-]
-
-
-def train_runs(folder: Path, *runs: tuple[str, int], train: Callable[..., Path] = fit) -> Path:
-    """Trains each configuration with its seed, for two steps; gives the folder of the runs."""
-    for config, seed in runs:
-        train(folder, config, seed_everything=seed, trainer__max_steps=2)
-    return folder / "runs"
-
-
-def copy_of_run(run: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+def changed_run(run: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     """A run of which there is a changed checkpoint alone."""
     path = to / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
@@ -127,19 +109,15 @@ def copy_of_run(run: Path, to: Path, change: Callable[[dict[str, Any]], Any]) ->
     return to
 
 
-def calls_of_measure(monkeypatch: pytest.MonkeyPatch, module: Any, last: int | None = None) -> list[str]:
-    """The modes that a module measures from now on; the call after `last` calls is interrupted."""
-    calls: list[str] = []
-    measure = module.measure
+def random_windows(count: int, length: int, tokens: int = 256) -> torch.Tensor:
+    return torch.randint(tokens, (count, length), generator=torch.Generator().manual_seed(1))
 
-    def counted(model: Any, mode: Any, *rest: Any) -> dict[str, Any]:
-        if len(calls) == last:
-            raise InterruptionError
-        calls.append(mode.name)
-        return measure(model, mode, *rest)
 
-    monkeypatch.setattr(module, "measure", counted)
-    return calls
+def sharpened(model: torch.nn.Module, factor: float = 5.0) -> Any:
+    """The model with weights so large that what attention does shows, for evaluation in float64."""
+    for parameter in model.parameters():
+        parameter.data *= factor
+    return model.double().eval()
 
 
 def metrics(run: Path, column: str) -> dict[int, float]:

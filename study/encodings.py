@@ -1,15 +1,16 @@
 """What xPos is compared with: other ways to tell positions, and rotary embedding stretched after training.
 
-Axes: h heads, n queries, m keys, d head dimension.
+YAML names them by their import path: `positions: {class_path: study.encodings.ALiBi, init_args: {num_heads: 4}}`.
+Axes: h heads, n queries, m keys.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from train.modes import Mode
 from xpos_zoo import PositionModule, RotaryEmbedding
 from xpos_zoo.checks import require_sizes
 
@@ -26,27 +27,16 @@ class ALiBi(NoPositions):
 
     Args:
         head_dim: channels of a head; even.
-        num_heads: query heads. An attribute, too: `LanguageModel` sets it to its own.
+        num_heads: query heads, the model's own.
 
     Raises:
         ValueError: num_heads is not positive.
     """
 
-    def __init__(self, head_dim: int, *, num_heads: int = 1):
+    def __init__(self, head_dim: int, *, num_heads: int):
+        require_sizes(num_heads=num_heads)
         super().__init__(head_dim)
         self.num_heads = num_heads
-
-    @property
-    def num_heads(self) -> int:
-        return self._num_heads
-
-    @num_heads.setter
-    def num_heads(self, value: int) -> None:
-        require_sizes(num_heads=value)
-        self._num_heads = value
-
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}"
 
     def distance_bias(self, distance: Tensor) -> Tensor:
         """What is added to logits at each distance (..., n, m): (..., h, n, m), float32."""
@@ -64,44 +54,13 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     return torch.exp2(torch.cat((own, between)) * (-8 / below))
 
 
-@dataclass(frozen=True)
-class SlidingWindow:
-    """A distance bias that hides all but the last `size` keys, the query's own included.
-
-    Raises:
-        ValueError: size is not positive.
-    """
-
-    size: int
-
-    def __post_init__(self) -> None:
-        require_sizes(size=self.size)
-
-    def __call__(self, distance: Tensor) -> Tensor:
-        """0 where distance is below size, -inf beyond; distance's shape, float32."""
-        return torch.zeros_like(distance, dtype=torch.float32).masked_fill(distance >= self.size, -torch.inf)
-
-
 def ntk_scaled(rotary: RotaryEmbedding, scale: float) -> PositionModule:
     """`rotary` with a base that stretches its slowest pair by `scale` and leaves its fastest alone ("NTK-aware").
 
-    Args:
-        rotary: the position module of a trained model, which keeps its own.
-        scale: context length over trained length, at least 1; the base becomes base * scale^(d / (d - 2)).
-
-    Raises:
-        ValueError: scale is below 1, or rotary is an encoding of another kind.
+    `scale` is context length over trained length; the base becomes base * scale^(d / (d - 2)).
     """
-    check_stretch(rotary, scale)
     slowest = max(1, len(rotary.rates) - 1)
     return PositionModule([rate * scale ** (-i / slowest) for i, rate in enumerate(rotary.rates)], rotary.interleaved)
-
-
-def check_stretch(rotary: RotaryEmbedding, scale: float) -> None:
-    if type(rotary) is not RotaryEmbedding:
-        raise ValueError(f"rotary must be a RotaryEmbedding, which alone can be stretched, got {rotary}")
-    if not 1 <= scale < math.inf:
-        raise ValueError(f"scale must be 1 or above and finite, got {scale}")
 
 
 class YaRN(PositionModule):
@@ -113,22 +72,11 @@ class YaRN(PositionModule):
 
     Logits are multiplied by (0.1 ln(scale) + 1)^2. The paper multiplies q and k by its root each; here q takes both,
     since keys from a cache are rotated in several steps.
-
-    Args:
-        rotary: the position module of a trained model, which keeps its own.
-        scale: context length over trained length, at least 1.
-        trained_length: in tokens.
-        alpha, beta: the paper's for Llama.
-
-    Raises:
-        ValueError: as `ntk_scaled`, or trained_length is not positive.
     """
 
     def __init__(
         self, rotary: RotaryEmbedding, scale: float, trained_length: int, alpha: float = 1.0, beta: float = 32.0
     ):
-        check_stretch(rotary, scale)
-        require_sizes(trained_length=trained_length)
         turns = [trained_length * rate.imag / (2 * math.pi) for rate in rotary.rates]
         kept = [min(max((turn - alpha) / (beta - alpha), 0.0), 1.0) for turn in turns]
         stretched = [rate * (own + (1 - own) / scale) for rate, own in zip(rotary.rates, kept, strict=True)]
@@ -139,3 +87,11 @@ class YaRN(PositionModule):
         """As `PositionModule.rotated`, with queries sharpened."""
         x = super().rotated(x, table, inverse)
         return x if inverse else x * self.factor
+
+
+def rescaled_modes(length: int) -> list[Mode]:
+    """For RoPE alone: dense, with its angles rescaled to each context."""
+    return [
+        Mode("NTK", "dense, NTK-aware", rescale=ntk_scaled),
+        Mode("YaRN", "dense, YaRN", rescale=lambda rotary, scale: YaRN(rotary, scale, length)),
+    ]
