@@ -13,8 +13,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from test_command_line import in_subprocess, interrupted_at, metrics
-from tiny import options, read_checkpoint
+from tiny import in_subprocess, interrupted_at, metrics, options, read_checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -22,7 +21,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader
 
 from train.__main__ import main
-from train.text import TextData
+from train.data import TextData
 from xpos_zoo import MultiHeadAttention
 
 STEPS = 6

@@ -1,11 +1,8 @@
 """`python -m train fit`: configurations, and a run that goes on from where it was to the same end, bit for bit."""
 
-import csv
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,9 @@ from tiny import (
     Recorder,
     complaint_of,
     fit,
+    in_subprocess,
     interrupted_at,
+    metrics,
     options,
     read_checkpoint,
     same,
@@ -40,13 +39,6 @@ def interrupt(tmp_path: Path, step: int, hook: str = "on_train_batch_end", **cha
     with pytest.raises(InterruptionError):
         fit(tmp_path, more=interrupted_at(step, hook), **changes)
     return tmp_path / "runs" / str(changes.get("name", "xpos")) / "seed1"
-
-
-def metrics(run: Path, column: str) -> dict[int, float]:
-    """Of all the folder's logs, by step."""
-    logs = [path.read_text().splitlines() for path in sorted(run.glob("metrics/*/metrics.csv"))]
-    rows = [row for log in logs for row in csv.DictReader(log)]
-    return {int(row["step"]): float(row[column]) for row in rows if row.get(column)}
 
 
 def assert_same_run(run: Path, other: Path) -> None:
@@ -373,36 +365,6 @@ def test_ctrl_c_ends_in_one_line_with_status_130_and_the_run_goes_on(
     assert exit_info.value.code == 130
     assert capfd.readouterr().err == "interrupted: the same command goes on where it was\n"
     assert_same_run(fit(tmp_path), trained)
-
-
-# --- several devices -------------------------------------------------------------------------------------------------
-
-
-def in_subprocess(args: list[str]) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "train", *args]
-    return subprocess.run(command, cwd=CONFIGS.parent, env=env, capture_output=True, text=True, timeout=240)
-
-
-SHARDED: dict[str, Any] = {
-    "trainer__strategy": "lightning.pytorch.strategies.ModelParallelStrategy",
-    "trainer__strategy__data_parallel_size": 2,
-    "trainer__strategy__tensor_parallel_size": 1,
-    "trainer__strategy__save_distributed_checkpoint": "false",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", [{"trainer__strategy": "ddp"}, SHARDED], ids=["ddp", "fsdp2"])
-def test_two_devices_train_by_a_word_in_the_configuration_and_one_goes_on(
-    strategy: dict[str, Any], tmp_path: Path
-) -> None:
-    done = in_subprocess(["fit", *options(tmp_path, trainer__devices=2, trainer__max_steps=3, **strategy)])
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "xpos" / "seed1"
-    assert read_checkpoint(run)["global_step"] == 3
-    longer = read_checkpoint(fit(tmp_path, name="longer", checkpoint=run))
-    assert longer["global_step"] == STEPS
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -124,6 +125,11 @@ def test_the_documents_hold_every_table_as_the_results_have_it() -> None:
     assert all(f"]({plot}.png)" in DOCUMENTS[0].read_text() for plot in PLOTS)
     for path in RESULTS.glob("*.json"):
         assert all(cell["commit"] for cell in read_cells(path)[1])
+
+
+def test_the_trainer_never_imports_the_study() -> None:
+    for path in (study.tables.ROOT / "train").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) study\b", path.read_text(), re.MULTILINE), path
 
 
 def test_a_table_is_made_anew_between_its_marks_and_nothing_else_changes(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Text, options and callbacks that make a whole training a matter of a second."""
 
+import csv
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -115,6 +118,19 @@ def sharpened(model: torch.nn.Module, factor: float = 5.0) -> Any:
     for parameter in model.parameters():
         parameter.data *= factor
     return model.double().eval()
+
+
+def metrics(run: Path, column: str) -> dict[int, float]:
+    """Of all the folder's logs, by step."""
+    logs = [path.read_text().splitlines() for path in sorted(run.glob("metrics/*/metrics.csv"))]
+    rows = [row for log in logs for row in csv.DictReader(log)]
+    return {int(row["step"]): float(row[column]) for row in rows if row.get(column)}
+
+
+def in_subprocess(args: list[str]) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "train", *args]
+    return subprocess.run(command, cwd=CONFIGS.parent, env=env, capture_output=True, text=True, timeout=240)
 
 
 class InterruptionError(Exception):
