@@ -12,18 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import (
-    DTYPES,
-    HALVES,
-    Encoding,
-    channels,
-    encode,
-    normal,
-    pairs,
-    relative_error,
-    roundoff,
-    theta,
-)
+from reference import DTYPES, HALVES, Encoding, channels, encode, normal, pairs, relative_error, roundoff, theta
 
 from xpos_zoo import (
     PositionModule,

@@ -11,18 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import (
-    DTYPES,
-    HALVES,
-    Encoding,
-    encode,
-    normal,
-    relative_error,
-    roundoff,
-    score_sizes,
-    scores,
-    zeta,
-)
+from reference import DTYPES, HALVES, Encoding, encode, normal, relative_error, roundoff, score_sizes, scores, zeta
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from xpos_zoo import XPOS
