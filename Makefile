@@ -2,16 +2,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study test lint clean
+.PHONY: demo study test soak lint clean
 
 demo: $(VENV)/installed  ## train both encodings, evaluate them, draw the plot
-	$(BIN)/python -m train.demo
+	$(BIN)/python -m study.demo
 
 study: $(VENV)/installed  ## all that docs/extrapolation.md reports: more than an hour
-	$(BIN)/python -m train.study $(STUDY)
+	$(BIN)/python -m study $(STUDY)
 
 test: lint  ## linters, type checker, all tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+soak: $(VENV)/installed  ## forty kills of a training, which then ends as if nothing had been
+	$(BIN)/python -m pytest -m soak
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -20,7 +23,7 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[study,test]"
 	touch $@
 
 clean:  ## the environment and caches; never a run

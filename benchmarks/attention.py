@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Call, milliseconds, peak_megabytes, peers, publish, training
-from train.baselines import NoPositions
+from study.encodings import NoPositions
 from xpos_zoo import XPOS, MultiHeadAttention
 
 EMBED_DIM, HEADS, BLOCK = 512, 8, 512

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.harness import Call, milliseconds, peers, publish, training
 from xpos_zoo import XPOS
 from xpos_zoo.attend import attend
-from xpos_zoo.plan import Pattern, Tokens, fold, make_plan, windows
+from xpos_zoo.plan import Pattern, Tokens, make_plan
 
 HEADS, HEAD_DIM, BLOCK = 8, 64, 512
 LENGTHS = [2048, 8192, 65536]
@@ -44,8 +44,8 @@ def in_windows(xpos: XPOS, kernel: Attention) -> Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         first = dense(q[:, :BLOCK], k[:, :BLOCK], v[:, :BLOCK])
         at = torch.arange(-BLOCK, BLOCK, device=q.device)
-        blocks = fold(q[:, BLOCK:], BLOCK), windows(k, BLOCK), windows(v, BLOCK)
-        q, k, v = (rearrange(t, "j w h d -> j h w d") for t in blocks)
+        q, k, v = (rearrange(t, "b (j w) h d -> (b j) h w d", w=BLOCK) for t in (q, k, v))
+        q, k, v = q[1:], *(torch.cat((t[:-1], t[1:]), dim=2) for t in (k, v))
         q, k = xpos.rotate(q, k, at[BLOCK:], at)
         rest = rearrange(kernel(q, k, v), "(b j) h w d -> b (j w) h d", b=len(first))
         return torch.cat((first, rest), dim=1)

@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import milliseconds, publish
@@ -62,13 +63,13 @@ def lightning_round(module: LanguageModel, data: DataLoader, precision: Any, dev
 
 def bare_round(module: LanguageModel, data: DataLoader, precision: Any, device: str) -> list[float]:
     module.to(device).train()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=module.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=module.options.learning_rate, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(data))
     autocast = torch.autocast(device, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
     ends = StepTimes(device)
     for batch in data:
         with autocast:
-            loss = module.loss(batch.to(device, non_blocking=True))
+            loss = cross_entropy(*module.predictions(batch.to(device, non_blocking=True)))
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()

@@ -1,9 +1,8 @@
-"""A process that has imported the trainer once, and forks for each command: some are killed at a moment of their own.
+"""A process that has imported the trainer once, and forks for each command, so that many can be killed in little time.
 
 `Trainer` talks to it: a line of JSON with the command and the moment gives a line with the wait status of the child.
 """
 
-import io
 import json
 import os
 import signal
@@ -47,8 +46,15 @@ def end() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at(count: float, owner: Any, name: str, before: bool = True, among: Callable[..., bool] = lambda *_: True) -> None:
-    """Have the process end before or after the count-th call of a method that `among` takes."""
+def at(
+    count: float,
+    owner: Any,
+    name: str,
+    before: bool = True,
+    among: Callable[..., bool] = lambda *_: True,
+    last: Callable[..., Any] = lambda *_: None,
+) -> None:
+    """Have the process end before or after the count-th call of a method that `among` takes, before it after `last`."""
     method, calls = getattr(owner, name), 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -56,6 +62,7 @@ def at(count: float, owner: Any, name: str, before: bool = True, among: Callable
         counts = among(*args)
         calls += counts
         if before and counts and calls == count:
+            last(*args)
             end()
         result = method(*args, **kwargs)
         if not before and counts and calls == count:
@@ -69,7 +76,6 @@ def prepare(moment: str, count: float) -> None:
     import torch
     from lightning.pytorch.loggers import CSVLogger
 
-    from train import checkpoint
     from train.language_model import LanguageModel
 
     def is_checkpoint(path: Path, *_: Any) -> bool:
@@ -89,20 +95,12 @@ def prepare(moment: str, count: float) -> None:
         case "renamed":
             at(count, Path, "replace", before=False, among=is_checkpoint)
         case "write":  # count - 1 checkpoints whole, then a part of one
-            whole, saved = torch.save, 0
+            write = Path.write_bytes
 
-            def save(content: Any, file: Any) -> None:
-                nonlocal saved
-                saved += 1
-                if saved < count:
-                    return whole(content, file)
-                memory = io.BytesIO()
-                whole(content, memory)
-                file.write(memory.getvalue()[: int(len(memory.getvalue()) * (count % 1))])
-                file.flush()
-                return end()
+            def write_part(path: Path, content: bytes) -> int:
+                return write(path, content[: int(len(content) * (count % 1))])
 
-            checkpoint.torch.save = save
+            at(int(count), Path, "write_bytes", among=is_checkpoint, last=write_part)
         case "clock":
             signal.setitimer(signal.ITIMER_REAL, count)
             signal.signal(signal.SIGALRM, lambda *_: end())

@@ -1,4 +1,4 @@
-"""The formulas that everything is tested against, in float64, written to be read.
+"""The formulas that the library is tested against, in float64, written to be read, and what its tests share.
 
     score(n, m) = sum_i zeta_i^((n - m) / s) Re(q_i conj(k_i) exp(1j (n - m) theta_i))
     theta_i = base^(-2i/d),  zeta_i = (i / (d/2) + 0.4) / 1.4;  without the decay it is plain rotary
@@ -14,42 +14,47 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xpos_zoo import XPOS, DistanceBias, MultiHeadAttention, PositionModule, RotaryEmbedding, SoftTail
+from xpos_zoo import (
+    XPOS,
+    DistanceBias,
+    LogNScaling,
+    MultiHeadAttention,
+    PositionModule,
+    RotaryEmbedding,
+    ScaleInvariant,
+    SoftTail,
+    Transformer,
+)
 from xpos_zoo.attend import attend
 from xpos_zoo.plan import Pattern, Tokens, make_plan
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALVES)
+PATTERNS = pytest.mark.parametrize("block_size", [None, 8], ids=["dense", "blockwise"])
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class Encoding(NamedTuple):
-    """What a position module is told, plain rotary if scale_base is None; and what is added to logits by distance."""
+    """What a position module is told, plain rotary if scale_base is None; and what logits become by distance."""
 
     scale_base: float | None = None
     base: float = 10000.0
     interleaved: bool = True
     bias: Callable[[Tensor], Tensor] | None = None
     max_wavelength: float | None = None
+    gain: Callable[[Tensor], Tensor] | None = None  # what logits are multiplied by before that
 
     def module(self, head_dim: int) -> RotaryEmbedding:
-        options: dict[str, Any] = {
-            "base": self.base,
-            "max_wavelength": self.max_wavelength,
-            "interleaved": self.interleaved,
-        }
-        return (
-            RotaryEmbedding(head_dim, **options)
-            if self.scale_base is None
-            else XPOS(head_dim, self.scale_base, **options)
-        )
+        kind = RotaryEmbedding if self.scale_base is None else partial(XPOS, scale_base=self.scale_base)
+        return kind(head_dim, base=self.base, max_wavelength=self.max_wavelength, interleaved=self.interleaved)
 
     def angles(self, head_dim: int) -> Tensor:
         """Radians a position of each pair; 0 for those whose wavelength is above max_wavelength."""
@@ -71,11 +76,21 @@ def encoding_of(module: RotaryEmbedding, *biases: DistanceBias | None) -> Encodi
         return sum((formula(distance) for formula in formulas), torch.zeros((), dtype=torch.float64))
 
     scale_base = module.scale_base if isinstance(module, XPOS) else None
-    return Encoding(scale_base, module.base, module.interleaved, total if formulas else None, module.max_wavelength)
+    bias, gain = total if formulas else None, next(filter(None, map(gain_formula, biases)), None)
+    return Encoding(scale_base, module.base, module.interleaved, bias, module.max_wavelength, gain)
+
+
+def gain_formula(bias: Any) -> Callable[[Tensor], Tensor] | None:
+    """a_t of arXiv 2505.17083; None for a bias alone."""
+    if not isinstance(bias, ScaleInvariant):
+        return None
+    return lambda distance: (2 * torch.log(distance.double() / bias.tau + 1) + 1).sqrt()
 
 
 def bias_formula(bias: DistanceBias) -> Callable[[Tensor], Tensor]:
-    """A soft tail is -power ln(m / trained_length) at distances m beyond; others are their own formula."""
+    """A soft tail is -power ln(m / trained_length) at distances m beyond; others but one are their own formula."""
+    if isinstance(bias, ScaleInvariant):
+        return lambda distance: -2 * torch.log(distance.double() / bias.tau + 1)
     if not isinstance(bias, SoftTail):
         return bias
 
@@ -122,14 +137,12 @@ def scores(
     q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding, mask: Tensor | None = None
 ) -> Tensor:
     """The formula above for q (..., n, d) and k (..., m, d): (..., n, m); only finite where mask (n, m) is False."""
-    head_dim = q.shape[-1]
+    head_dim, distance = q.shape[-1], distances(q_positions, k_positions, mask)
     q, k = pairs(q, encoding.interleaved), pairs(k, encoding.interleaved)
-    distance = distances(q_positions, k_positions, mask)
     total = torch.zeros((), dtype=torch.float64)
-    for i in range(head_dim // 2):
-        turn = torch.exp(1j * distance * encoding.angles(head_dim)[i])
-        decay = encoding.decays(head_dim)[i] ** distance
-        total = total + decay * (q[..., :, None, i] * k[..., None, :, i].conj() * turn).real
+    for i, (angle, decay) in enumerate(zip(encoding.angles(head_dim), encoding.decays(head_dim), strict=True)):
+        product = q[..., :, None, i] * k[..., None, :, i].conj()
+        total = total + decay**distance * (product * torch.exp(1j * distance * angle)).real
     return total
 
 
@@ -137,13 +150,10 @@ def score_sizes(
     q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding, mask: Tensor | None = None
 ) -> Tensor:
     """sum_i zeta_i^((n - m) / s) |q_i| |k_i|: what errors in the factors of a score are relative to."""
-    head_dim = q.shape[-1]
+    decays, distance = encoding.decays(q.shape[-1]), distances(q_positions, k_positions, mask)
     q, k = pairs(q, encoding.interleaved).abs(), pairs(k, encoding.interleaved).abs()
-    distance = distances(q_positions, k_positions, mask)
-    total = torch.zeros((), dtype=torch.float64)
-    for i in range(head_dim // 2):
-        total = total + encoding.decays(head_dim)[i] ** distance * q[..., :, None, i] * k[..., None, :, i]
-    return total
+    terms = (decay**distance * q[..., :, None, i] * k[..., None, :, i] for i, decay in enumerate(decays))
+    return sum(terms, torch.zeros((), dtype=torch.float64))
 
 
 def encode(x: Tensor, angles_at: Tensor, decay_at: Tensor | None, encoding: Encoding) -> Tensor:
@@ -164,14 +174,14 @@ def visible(n: int, block_size: int | None = None) -> Tensor:
     return mask
 
 
-def grouped(q: Tensor, *keys_and_values: Tensor) -> tuple[Tensor, ...]:
-    """Each of (b, g, m, d) with its heads repeated to those of q (b, h, n, d)."""
-    return tuple(t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in keys_and_values)
+def grouped(q: Tensor, t: Tensor) -> Tensor:
+    """t (b, g, m, d) with its heads repeated to those of q (b, h, n, d)."""
+    return t.repeat_interleave(q.shape[1] // t.shape[1], dim=1)
 
 
 def placed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q (b, h, n, d), k (b, g, m, d) repeated to h heads, and their positions: m in all, q has the last n."""
-    (k,) = grouped(q, k)
+    k = grouped(q, k)
     at = torch.arange(k.shape[-2])
     return q, k, at[k.shape[-2] - q.shape[-2] :], at
 
@@ -183,22 +193,28 @@ def biases(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     return encoding.bias(distances(*placed(q, k)[2:], mask)).double()
 
 
+def gains(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
+    """What the logits are multiplied by before that, likewise."""
+    if encoding.gain is None:
+        return torch.ones((), dtype=torch.float64)
+    return encoding.gain(distances(*placed(q, k)[2:], mask)).double()
+
+
 def logits(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """Those of q (b, h, n, d) and k (b, g, m, d), minus infinity where mask (n, m) is False: (b, h, n, m)."""
-    scaled = scores(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
+    scaled = gains(q, k, mask, encoding) * scores(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
     return (scaled + biases(q, k, mask, encoding)).masked_fill(~mask, -math.inf)
 
 
 def logit_sizes(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """`score_sizes` over sqrt(d) and the size of the bias, 0 where mask is False; shapes as in `logits`."""
-    scaled = score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
+    scaled = gains(q, k, mask, encoding) * score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
     return (scaled + biases(q, k, mask, encoding).abs()).masked_fill(~mask, 0)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """Softmax attention of q (b, h, n, d) on k, v (b, g, m, d) where mask (n, m) is True: (b, h, n, d), float64."""
-    (v,) = grouped(q, v)
-    return logits(q, k, mask, encoding).softmax(-1) @ v.double()
+    return logits(q, k, mask, encoding).softmax(-1) @ grouped(q, v).double()
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
@@ -206,6 +222,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
 
     Each query comes with keys of its own, decayed by their distance to it, so that no factor exceeds 1.
     """
+    gain = gains(q, k, mask, encoding)[..., None]
     q, k, q_at, k_at = placed(q, k)
     b, h, n, d = q.shape
     m = k.shape[-2]
@@ -214,12 +231,13 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
         mask = torch.where(mask, bias, -math.inf)
     distance = (q_at[:, None] - k_at).clamp(min=0)
     rows = encode(q, q_at, None, encoding).to(q.dtype)
-    keys = encode(k[..., None, :, :].expand(b, h, n, m, d), k_at.expand(n, m), distance, encoding).to(q.dtype)
+    keys = encode(k[..., None, :, :].expand(b, h, n, m, d), k_at.expand(n, m), distance, encoding)
+    keys = (gain * keys).to(q.dtype)
     with torch.autocast("cpu", enabled=False):
         out = scaled_dot_product_attention(
             rows.reshape(b * h * n, 1, 1, d),
             keys.reshape(b * h * n, 1, m, d),
-            grouped(q, v)[0][..., None, :, :].expand(b, h, n, m, d).reshape(b * h * n, 1, m, d),
+            grouped(q, v)[..., None, :, :].expand(b, h, n, m, d).reshape(b * h * n, 1, m, d),
             attn_mask=mask.expand(b, h, n, m).reshape(b * h * n, 1, 1, m),
         )
     return out.reshape(b, h, n, d)
@@ -231,7 +249,7 @@ def unsigned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding, 
     With weights p and dp = upstream v^T, a logit's gradient is p (dp - sum p dp).
     """
     q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
-    (many_v,) = grouped(q, v)
+    many_v = grouped(q, v)
     p = logits(q, k, mask, encoding).softmax(-1).detach()
     dp = upstream.double().abs() @ many_v.detach().abs().mT
     output = p @ many_v.abs()
@@ -407,13 +425,60 @@ def gradients(output: Tensor, upstream: Tensor, inputs: Iterable[Tensor]) -> tup
     return torch.autograd.grad(output, tuple(inputs), upstream.to(output.dtype))
 
 
-class LargestTensor(TorchDispatchMode):
-    """The number of entries of the largest tensor that any operation gives."""
+class Operations(TorchDispatchMode):
+    """What is called: names of operators that are not views, the dtypes of what they give, the size of the largest."""
 
-    numel = 0
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+        self.dtypes: set[torch.dtype] = set()
+        self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.numel = max([self.numel, *(t.numel() for t in tensors)])
+        if not func.is_view and not any(name in str(func) for name in ("_unsafe_view", "promote_types")):
+            self.names.append(str(func))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.dtypes.add(leaf.dtype)
+                self.largest = max(self.largest, leaf.numel())
         return result
+
+
+class LearnedBias(nn.Module):
+    """A bias to learn for each of four heads and each of the first eight distances; the eighth is all others'."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(normal(5, 4, 8))
+
+    def forward(self, distance: Tensor) -> Tensor:
+        heads = torch.arange(4, device=distance.device)[:, None, None]
+        return self.table[heads, distance.long().clamp(0, 7)]
+
+
+def block(
+    embed_dim: int = 32,
+    num_heads: int = 4,
+    query_scaling: LogNScaling | None = None,
+    distance_bias: DistanceBias | None = None,
+    **options: Any,
+) -> MultiHeadAttention:
+    """The same weights at every call."""
+    torch.manual_seed(0)
+    module = MultiHeadAttention(embed_dim, num_heads, **options)
+    module.query_scaling, module.distance_bias = query_scaling, distance_bias
+    return module
+
+
+def model(
+    num_layers: int = 2, vocab_size: int = 50, embed_dim: int = 32, num_heads: int = 4, **options: Any
+) -> Transformer:
+    """The same weights at every call."""
+    torch.manual_seed(0)
+    options.setdefault("positions", partial(XPOS, scale_base=8))
+    return Transformer(vocab_size, embed_dim, num_layers, num_heads, **options)
+
+
+def tokens(*shape: int, below: int = 50) -> Tensor:
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(0))

@@ -12,20 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import (
-    DTYPES,
-    HALVES,
-    Encoding,
-    channels,
-    encode,
-    normal,
-    pairs,
-    relative_error,
-    roundoff,
-    score_sizes,
-    scores,
-    theta,
-)
+from reference import DTYPES, HALVES, Encoding, channels, encode, normal, pairs, relative_error, roundoff, theta
 
 from xpos_zoo import (
     PositionModule,
@@ -36,7 +23,7 @@ from xpos_zoo import (
     rotate_every_two,
 )
 
-LEADING = ((), (2,), (2, 3), (1, 2, 3))
+LEADING = ((), (2,), (1, 2, 3))
 TABLE = 1.1e-7  # of float32 tables: an angle up to pi/4, a polynomial and its last sum are each rounded
 even = st.integers(1, 16).map(lambda i: 2 * i)
 
@@ -71,24 +58,13 @@ def test_every_pair_turns_by_a_quarter(leading):
     assert torch.equal(rotate_every_two(x), channels(1j * pairs(x)).float())
 
 
-@pytest.mark.parametrize(
-    "m",
-    [
-        normal(0, 3, 4),
-        normal(0, 4),
-        normal(0, 2, 3, 4),
-        normal(0, 2, 3, 4).transpose(0, 2),
-        normal(0, 6, 8)[::2, 1::3],
-        normal(0, 4).expand(3, 4),
-        normal(0, 3, 0),
-    ],
-    ids=["matrix", "vector", "leading", "transposed", "strided", "expanded", "empty"],
-)
-def test_each_column_comes_twice_side_by_side(m):
-    doubled = duplicate_interleave(m)
-    assert doubled.shape == (*m.shape[:-1], 2 * m.shape[-1])
-    assert torch.equal(doubled[..., 0::2], m)
-    assert torch.equal(doubled[..., 1::2], m)
+def test_each_column_comes_twice_side_by_side_whatever_the_strides():
+    whole = normal(0, 2, 6, 8)
+    for m in (whole, whole[0, 0], whole.transpose(0, 2), whole[:, ::2, 1::3], whole[0, 0].expand(3, 8), whole[..., :0]):
+        doubled = duplicate_interleave(m)
+        assert doubled.shape == (*m.shape[:-1], 2 * m.shape[-1])
+        assert torch.equal(doubled[..., 0::2], m)
+        assert torch.equal(doubled[..., 1::2], m)
 
 
 def test_the_documented_third_example_is_a_true_rotation_times_one_half():
@@ -103,9 +79,11 @@ def test_the_documented_third_example_is_a_true_rotation_times_one_half():
     assert relative_error(output, expected) <= 3 * roundoff(torch.float32)
 
 
-@pytest.mark.parametrize("leading", LEADING)
-@pytest.mark.parametrize("wide", [False, True], ids=["narrow tables", "wide tables"])
-@pytest.mark.parametrize("scale", ["1", "number", "scalar", "row", "narrow", "wide"])
+@given(
+    leading=st.sampled_from(LEADING),
+    wide=st.booleans(),
+    scale=st.sampled_from(["1", "number", "scalar", "row", "narrow", "wide"]),
+)
 def test_pairs_are_rotated_by_the_tables_and_scaled(leading, wide, scale):
     n, d = 5, 8
     x, factor = normal(0, *leading, n, d, dtype=torch.float64), 0.1 + normal(1, n, d // 2, dtype=torch.float64).abs()
@@ -124,14 +102,6 @@ def test_pairs_are_rotated_by_the_tables_and_scaled(leading, wide, scale):
     assert relative_error(apply_rotary_pos_emb(x, sin, cos, given_scale), expected) <= 4 * roundoff(torch.float64)
 
 
-def test_tables_with_leading_dimensions_give_each_row_its_own_positions():
-    x = normal(0, 2, 3, 5, 8)
-    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11]])[:, None]
-    angle = positions[..., None] * theta(8)
-    output = apply_rotary_pos_emb(x, angle.sin(), angle.cos())
-    assert relative_error(output, encode(x, positions, None, Encoding())) <= roundoff(torch.float32)
-
-
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_input_with_float32_tables_is_rounded_once(dtype):
     x = normal(0, 2, 5, 8, dtype=dtype)
@@ -141,33 +111,8 @@ def test_half_precision_input_with_float32_tables_is_rounded_once(dtype):
     assert relative_error(output, expected) <= roundoff(dtype) + 3 * roundoff(torch.float32)
 
 
-@given(
-    head_dim=even,
-    n=st.integers(1, 9),
-    m=st.integers(1, 9),
-    q_from=st.integers(0, 1_000_000),
-    k_from=st.integers(0, 1_000_000),
-    origin=st.integers(-1_000_000, 1_000_000),
-    base=st.sampled_from([100.0, 10000.0, 500000.0]),
-    dtype=st.sampled_from(DTYPES),
-    interleaved=st.booleans(),
-    leading=st.sampled_from(LEADING),
-)
-def test_scores_equal_the_formula(head_dim, n, m, q_from, k_from, origin, base, dtype, interleaved, leading):
-    encoding = Encoding(None, base, interleaved)
-    q, k = normal(0, *leading, n, head_dim, dtype=dtype), normal(1, *leading, m, head_dim, dtype=dtype)
-    at = torch.arange(n) + q_from, torch.arange(m) + k_from
-    rotated_q, rotated_k = encoding.module(head_dim).rotate(q, k, *at, origin=origin)
-    assert rotated_q.dtype == rotated_k.dtype == dtype
-    actual = rotated_q.double() @ rotated_k.double().mT
-    # Halves round q and k once each; float32 has its contract; float64 has angles up to 2e6.
-    relative = {torch.float64: 1e7 * roundoff(torch.float64), torch.float32: 2e-6}.get(dtype, 2.1 * roundoff(dtype))
-    error = (actual - scores(q, k, *at, encoding)).abs()
-    assert (error <= relative * score_sizes(q, k, *at, encoding)).all()
-
-
-@pytest.mark.parametrize("offset", [0, 3, 1_000_000, torch.tensor(3), torch.tensor([3])])
 @pytest.mark.parametrize("leading", LEADING)
+@pytest.mark.parametrize("offset", [0, 3, 1_000_000])
 def test_row_j_is_rotated_by_offset_plus_j(offset, leading):
     x = normal(0, *leading, 5, 8)
     expected = encode(x, torch.arange(5) + int(offset), None, Encoding())
@@ -178,23 +123,6 @@ def test_half_split_is_interleaved_with_channels_in_another_order():
     x, order = normal(0, 2, 5, 8), torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
     interleaved, half_split = RotaryEmbedding(8), RotaryEmbedding(8, interleaved=False)
     assert torch.equal(half_split(x[..., order]), interleaved(x)[..., order])
-
-
-def test_positions_may_differ_between_rows_of_the_batch():
-    q, k = normal(0, 2, 3, 4, 8), normal(1, 2, 3, 4, 8)
-    at = torch.tensor([[0, 1, 2, 3], [100, 90, 7, 8]])[:, None]
-    rotated_q, rotated_k = RotaryEmbedding(8).rotate(q, k, at, at)
-    expected = scores(q, k, at, at, Encoding())
-    assert relative_error(rotated_q.double() @ rotated_k.double().mT, expected) <= 2e-6
-
-
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_gradients_are_those_of_the_formula(interleaved):
-    rotary, at = RotaryEmbedding(6, interleaved=interleaved), torch.arange(3)
-    q, k = (normal(i, 2, 3, 6, dtype=torch.float64).requires_grad_() for i in range(2))
-    assert torch.autograd.gradcheck(lambda q, k: rotary.rotate(q, k, at + 5, at, origin=2), (q, k))
-    assert torch.autograd.gradcheck(lambda q: rotary(q, 4), (q,))
-    assert torch.autograd.gradcheck(lambda q: apply_rotary_pos_emb(q, at[:, None] * theta(6), 2 + theta(6)), (q,))
 
 
 rate = st.builds(complex, st.floats(-0.2, 0), st.floats(-4, 4))
@@ -230,60 +158,3 @@ def test_an_empty_sequence_stays_empty():
     empty = torch.empty(2, 0, 8)
     assert RotaryEmbedding(8)(empty).shape == empty.shape
     assert apply_rotary_pos_emb(empty, *fixed_pos_embedding(empty[0])).shape == empty.shape
-
-
-def test_one_origin_serves_any_span():
-    assert all(RotaryEmbedding(8).max_span(dtype) >= 2**62 for dtype in DTYPES)
-
-
-x, table = torch.zeros(2, 5, 8), torch.zeros(5, 4)
-
-
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        (lambda: RotaryEmbedding(7), "head_dim must be even and above 0, got 7"),
-        (lambda: RotaryEmbedding(0), "head_dim must be even and above 0, got 0"),
-        (lambda: RotaryEmbedding(-2), "head_dim must be even and above 0, got -2"),
-        (lambda: RotaryEmbedding(8, base=0), "base must be above 0 and finite, got 0"),
-        (lambda: RotaryEmbedding(8, base=math.nan), "base must be above 0 and finite, got nan"),
-        (lambda: RotaryEmbedding(6)(x), "x must have shape (..., seq_len, head_dim=6), got (2, 5, 8)"),
-        (lambda: RotaryEmbedding(8)(x[0, 0]), "x must have shape (..., seq_len, head_dim=8), got (8,)"),
-        (lambda: RotaryEmbedding(8)(x.long()), "x must have a floating-point dtype, got torch.int64"),
-        (lambda: RotaryEmbedding(8)(x, -1), "offset must be 0 or above and an integer, got -1"),
-        (lambda: fixed_pos_embedding(x), "x must have shape (seq_len, dim), got (2, 5, 8)"),
-        (lambda: rotate_every_two(x[..., :3]), "x must have an even last dimension, got shape (2, 5, 3)"),
-        (lambda: rotate_every_two(x.sum()), "x must have an even last dimension, got shape ()"),
-        (lambda: duplicate_interleave(x.sum()), "m must have at least one dimension, got a scalar"),
-        (lambda: apply_rotary_pos_emb(x[..., :7], table, table), "with an even dim above 0, got (2, 5, 7)"),
-        (lambda: apply_rotary_pos_emb(x[..., :0], table, table), "with an even dim above 0, got (2, 5, 0)"),
-        (lambda: apply_rotary_pos_emb(x[0, 0], table, table), "x must have shape (..., seq_len, dim)"),
-        (lambda: apply_rotary_pos_emb(x.long(), table, table), "x must have a floating-point dtype, got torch.int64"),
-        (
-            lambda: apply_rotary_pos_emb(x, table.expand(3, 5, 4), table),
-            "sin must broadcast against x's (2, 5, 8), got (3, 5, 4)",
-        ),
-        (
-            lambda: apply_rotary_pos_emb(x, table, table.expand(1, 2, 5, 4)),
-            "cos must broadcast against x's (2, 5, 8), got (1, 2, 5, 4)",
-        ),
-        (
-            lambda: apply_rotary_pos_emb(x, table[:, :3], table),
-            "sin must be 4 or 8 wide for x of width 8, got (5, 3)",
-        ),
-        (
-            lambda: apply_rotary_pos_emb(x, table, table[:, :3]),
-            "cos must be 4 or 8 wide for x of width 8, got (5, 3)",
-        ),
-        (
-            lambda: apply_rotary_pos_emb(x, table, table, table[:, :3]),
-            "scale must be 1 or 4 or 8 wide for x of width 8, got (5, 3)",
-        ),
-        (lambda: apply_rotary_pos_emb(x, table[:4], table), "sin must have 5 rows, one for each of x's, got (4, 4)"),
-        (lambda: apply_rotary_pos_emb(x, table, table[:4]), "cos must have 5 rows, one for each of x's, got (4, 4)"),
-    ],
-)
-def test_errors_name_the_argument_its_value_and_what_is_allowed(call, said):
-    with pytest.raises(ValueError, match="must") as raised:
-        call()
-    assert said in str(raised.value)

@@ -1,120 +1,233 @@
-"""The study, made small: everything is trained and measured once, and what was stopped goes on where it was."""
+"""The study: thresholds, documents that agree with the results, what is trained and measured, and the demo."""
 
+import itertools
 import json
+import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_retrieval import recall_options
-from tiny import CONFIGS, InterruptionError, complaint_of, options
+import yaml
+from tiny import changed_run, complaint_of
 
-import train.study
-from train.__main__ import main as fit
-from train.context_use import context_use
+import study.__main__ as study_main
+import study.demo
+import study.tables
+from study.tables import DOCUMENTS, MARKED, PLOTS, RESULTS, TABLES, filled
+from study.thresholds import THRESHOLDS, verdicts
+from train.errors import command
 from train.extrapolate import extrapolate
-from train.retrieval import main as fit_retrieval
-from train.retrieval_accuracy import retrieval_accuracy
-from train.study import Study, main, study
+from train.measure import Results, read_cells, results_of, save_plot, write_cells
 
-MEASUREMENTS = [
-    *("extrapolation", "baselines", "rescaled", "context_use", "retrieval"),
-    *(f"temperature{c:g}" for c in train.study.TEMPERATURES),
-    *(f"tail{p:g}" for p in train.study.TAILS),
-]
+L = 16
+MODES = ("dense", "log-n", "tail", "BCA", "recompute")
+CLAIMS = ("collapse", "xPos dense", "flat", "open context, with log", "open context, with a", "fair win", "no worse")
+Rise = Callable[[float], float]  # of the context in trained lengths
 
 
-def plan(tmp_path: Path, configs: Path = CONFIGS, seeds: tuple[int, ...] = (1, 2)) -> Study:
-    return Study(configs, tmp_path / "study", list(seeds), None)
+def cell(encoding: str, mode: str, rise: Rise, seed: int = 1, longest: int = 64) -> dict[str, Any]:
+    """A measurement in which every window's loss is its own level at the trained length and rises as said."""
+    rows = [
+        (c, w, seed + w / 10 + rise(c / L))
+        for c in (L * 2**k // 4 for k in range(9))
+        for w in range(4)
+        if c <= longest * L
+    ]
+    loss = dict(zip(("context", "window", "loss"), map(list, zip(*rows, strict=True)), strict=True))
+    return {"encoding": encoding, "mode": mode, "label": mode, "seed": seed, "tables": {"loss": loss}}
 
 
-@pytest.mark.parametrize("configs", [CONFIGS, CONFIGS / "gpu"])
-def test_scale_bases_are_the_octaves_about_half_the_length_and_the_authors(configs: Path, tmp_path: Path) -> None:
-    length = plan(tmp_path, configs).context_length
-    assert plan(tmp_path, configs).scale_bases == sorted(
-        {length // 8, length // 4, length // 2, length, length * 4, 512}
-    )
-    names = [step.name for step in plan(tmp_path, configs).steps()]
-    assert len(set(names)) == len(names)
-    # Half the length is that of the main matrix, which is not trained twice.
-    assert f"measure scale_base {length // 2}" in names
-    assert f"train xpos, scale_base {length // 2}" not in names
-    for name in ("xpos", "rotary", "alibi", "none", "retrieval/xpos", "retrieval/rotary"):
-        assert (configs / f"{name}.yaml").is_file()
+def results(cells: list[dict[str, Any]]) -> Results:
+    return results_of({"context_length": L, "documents": list("abcd")}, cells)
 
 
-def test_every_training_comes_before_what_measures_it(tmp_path: Path) -> None:
-    names = [step.name for step in plan(tmp_path).steps()]
-    assert max(i for i, name in enumerate(names) if name.startswith("train")) < names.index("measure loss")
+def told(cells: list[dict[str, Any]]) -> dict[str, str]:
+    """The verdicts, by how their claims begin."""
+    found = verdicts(results(cells))
+    assert all(verdict.split(": ", 1)[1].startswith(claim) for verdict, claim in zip(found, CLAIMS, strict=True))
+    return dict(zip(CLAIMS, found, strict=True))
 
 
-@pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_replicates: None) -> dict[str, Any]:
-    """Makes `study` small, and stop in the work after "stop_at" many; keeps what was done in "done"."""
-    state: dict[str, Any] = {"stop_at": None, "done": []}
-
-    def counted(work: Any) -> Any:
-        def call(*args: Any, **options: Any) -> None:
-            if len(state["done"]) == state["stop_at"]:
-                raise InterruptionError
-            work(*args, **options)
-            state["done"].append(args)
-
-        return call
-
-    text = options(tmp_path, runs=None, trainer__max_steps=2)[2:]
-    recall = recall_options(tmp_path, runs=None, trainer__max_steps=2)[2:]
-    monkeypatch.setattr(train.study, "run", counted(lambda args: fit([*args, *text])))
-    monkeypatch.setattr(train.study.retrieval, "main", counted(lambda args: fit_retrieval([*args, *recall])))
-    monkeypatch.setattr(train.study.Study, "context_length", 16)  # as `options` has it
-    monkeypatch.setattr(train.study, "SWEEP_LONGEST", 2)
-    monkeypatch.setattr(train.study, "SCALE_LONGEST", 2)
-    for name, measure in (
-        ("extrapolate", partial(extrapolate, windows=2, device="cpu")),
-        ("context_use", partial(context_use, windows=2, longest=2, device="cpu")),
-        ("retrieval_accuracy", partial(retrieval_accuracy, samples=4, longest=2, device="cpu")),
-    ):
-        short = partial(measure, longest=2) if name == "extrapolate" else measure
-        monkeypatch.setattr(train.study, name, counted(short))
-    return state
+def flat(_: float) -> float:
+    return 0.0
 
 
-@pytest.mark.slow
-def test_a_study_that_is_stopped_again_and_again_ends_the_same(
-    small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    for stop_at in (0, 3, 20, None):
-        small.update(stop_at=stop_at, done=[])
-        if stop_at is None:
-            study(output=str(stopped), configs=str(CONFIGS), seeds=[1])
-        else:
-            with pytest.raises(InterruptionError):
-                study(output=str(stopped), configs=str(CONFIGS), seeds=[1])
-    shown = capsys.readouterr().out
-    assert "[1/" in shown
-    assert "min left" in shown
-    study(output=str(whole), configs=str(CONFIGS), seeds=[1])
-    assert (stopped / "sweeps.md").read_bytes() == (whole / "sweeps.md").read_bytes()
-    for name in MEASUREMENTS:
-        report = (whole / "measured" / name / "report.md").read_text()
-        assert (stopped / "measured" / name / "report.md").read_text() == report, name
-    sweeps = (whole / "sweeps.md").read_text()
-    for value, mode, sign in ((0.4, "temperature", "c"), (8.0, "tail", "p")):
-        cells = json.loads((whole / "measured" / f"{mode}{value:g}" / "summary.json").read_text())["cells"]
-        (rise,) = [cell["against_L"] for cell in cells if cell["context"] == 32]
-        (row,) = [line for line in sweeps.splitlines() if line.startswith(f"| {sign} = {value:g} ")]
-        assert row.endswith("{:+.3f} [{:+.3f}, {:+.3f}] |".format(*rise))
+def at(**rises: float) -> Rise:
+    """A rise at some contexts: at(x4=1.0) is 1 nat at 4 L and nothing elsewhere."""
+    return lambda lengths: rises.get(f"x{lengths:g}", 0.0)
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("claim", "cells", "met", "figure"),
     [
-        (["--seeds", "[]"], "seeds must be different ones, one at least, got []"),
-        (["--seeds", "[1, 1]"], "seeds must be different ones, one at least, got [1, 1]"),
-        (["--configs", "nowhere"], "configs must be a folder with data.yaml and the configurations, got 'nowhere'"),
-        (["--sedes", "1"], "unrecognized arguments: --sedes 1; did you mean seeds?"),
+        ("collapse", [("RoPE", "dense", at(x4=1.01))], True, "+1.010"),
+        ("collapse", [("RoPE", "dense", at(x4=0.99, x8=5))], False, "+0.990"),
+        ("xPos dense", [("xPos", "dense", at(x2=0.049, x4=9))], True, "+0.049"),
+        ("xPos dense", [("xPos", "dense", at(x2=0.051))], False, "+0.051"),
+        ("flat", [("xPos", "BCA", at(x64=0.019))], True, "at most +0.0190 [+0.0190, +0.0190], at 64 L"),
+        ("flat", [("xPos", "BCA", at(x2=0.021))], False, "at most +0.0210 [+0.0210, +0.0210], at 2 L"),
+        *(
+            (claim, [("xPos", mode, xpos), ("RoPE", mode, rope)], met, figure)
+            for claim, mode in ((CLAIMS[3], "log-n"), (CLAIMS[4], "tail"))
+            for xpos, rope, met, figure in (
+                (at(x32=0.09, x64=3), at(x32=1.1), True, "xPos at most +0.090 [+0.090, +0.090], RoPE +1.100"),
+                (at(x8=0.11), at(x32=1.1), False, "xPos at most +0.110 [+0.110, +0.110], RoPE +1.100"),
+                (flat, at(x16=5, x32=0.9), False, "xPos at most +0.000 [+0.000, +0.000], RoPE +0.900"),
+            )
+        ),
+        ("no worse", [("xPos", "BCA", at(x8=0.009)), ("xPos", "recompute", flat)], True, "at most +0.0090"),
+        ("no worse", [("xPos", "BCA", at(x8=0.011)), ("xPos", "recompute", flat)], False, "+0.0110], at 8 L"),
     ],
 )
-def test_a_wrong_argument_is_told_in_one_line(args: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert complaint_of(main, args, capfd).startswith(message)
+def test_a_threshold_is_met_on_its_one_side_and_missed_on_the_other(
+    claim: str, cells: list[tuple[str, str, Rise]], met: bool, figure: str
+) -> None:
+    verdict = told([cell(*each) for each in cells])[claim]
+    assert verdict.startswith("met: " if met else "MISSED: ")
+    assert figure in verdict
+
+
+def test_the_fair_comparison_is_reported_whichever_way_it_falls() -> None:
+    for xpos, rope, sign in ((0.03, 0.01, "+0.0200"), (0.01, 0.05, "-0.0400")):
+        pairs = itertools.product((("xPos", xpos), ("RoPE", rope)), (1, 2))
+        cells = [cell(encoding, "BCA", at(x4=rise), seed) for (encoding, rise), seed in pairs]
+        verdict = told(cells[::-1])["fair win"]
+        assert verdict.startswith("reported, whichever way it falls: ")
+        assert verdict.endswith(f"{sign} [{sign}, {sign}] nats")
+        assert told(cells[:3])["fair win"].endswith(": the two have other seeds")
+
+
+@pytest.mark.parametrize(("longest", "expected"), [(1, "-------"), (2, "-+-----"), (4, "++---r-"), (64, "+++++r+")])
+def test_a_threshold_is_not_judged_before_its_context_is_reached(longest: int, expected: str) -> None:
+    def rise(encoding: str, mode: str) -> Rise:
+        return flat if encoding == "xPos" or mode == "BCA" else lambda x: max(0, x / 2 - 0.6)
+
+    pairs = itertools.product(("xPos", "RoPE"), MODES)
+    found = told([cell(*pair, rise(*pair), longest=longest) for pair in pairs])
+    told_as = {"-": "not measured", "+": "met", "r": "reported, whichever way it falls"}
+    assert [verdict.split(": ")[0] for verdict in found.values()] == [told_as[each] for each in expected]
+    assert all(verdict.startswith("not measured") for verdict in told([cell("ALiBi", "dense", flat)]).values())
+    early, unsteady = cell("xPos", "BCA", at(x2=0.2), longest=2), cell("xPos", "BCA", flat)
+    assert told([early])["flat"].startswith("MISSED: ")
+    unsteady["tables"]["loss"]["loss"][-1] += 0.06  # of one window in four: 0.015 in the mean, the upper end is higher
+    assert told([unsteady])["flat"].startswith("MISSED: ")
+
+
+def test_the_documents_hold_every_table_as_the_results_have_it() -> None:
+    marked = [match[1] for path in DOCUMENTS for match in MARKED.finditer(path.read_text())]
+    assert set(marked) == set(TABLES)
+    for path in DOCUMENTS:
+        text = path.read_text()
+        assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(MARKED.findall(text))
+        assert filled(text) == text, f"{path} is not what `python -m study.tables` makes of the results"
+    assert all(f"]({plot}.png)" in DOCUMENTS[0].read_text() for plot in PLOTS)
+    for path in RESULTS.glob("*.json"):
+        assert all(cell["commit"] for cell in read_cells(path)[1])
+
+
+def test_the_trainer_never_imports_the_study() -> None:
+    for path in (study.tables.ROOT / "train").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) study\b", path.read_text(), re.MULTILINE), path
+
+
+def test_a_table_is_made_anew_between_its_marks_and_nothing_else_changes(tmp_path: Path) -> None:
+    content = {"settings": {"context_length": L, "documents": list("abcd")}, "cells": [cell("xPos", "dense", at(x4=1))]}
+    (tmp_path / "loss.json").write_text(json.dumps(content))
+    text = "a\n<!-- table: matrix -->\nold\n<!-- end -->\nb\n<!-- table: recall -->\nkept\n<!-- end -->\n"
+    made = filled(text, tmp_path)
+    assert made.startswith("a\n<!-- table: matrix -->\n| context")
+    assert "| xPos, dense | 1.150 | 1.150 | 1.150 | 1.150 | 2.150 |" in made
+    assert made.endswith("|\n<!-- end -->\nb\n<!-- table: recall -->\nkept\n<!-- end -->\n")
+    assert filled(made, tmp_path) == made
+
+
+@pytest.fixture
+def small(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A study whose trainings copy a run, and whose documents are left alone; keeps the commands of trainings."""
+    state: dict[str, Any] = {"trained": [], "stop_at": None}
+
+    def train(args: list[str]) -> None:
+        if len(state["trained"]) == state["stop_at"]:
+            raise KeyboardInterrupt
+        option = dict(itertools.pairwise(args))
+        name, seed = option["--name"], int(option["--seed_everything"])
+
+        def change(content: dict[str, Any]) -> None:
+            content["datamodule_hyper_parameters"]["seed"] = seed
+
+        run = Path(option["--runs"]) / name / f"seed{seed}"
+        if not run.exists():  # else it is finished
+            changed_run(runs / ("rotary" if name == "rotary" else "xpos") / "seed1", run, change)
+            state["trained"].append((name, seed))
+
+    for name in ("cpu", "recall"):
+        sizes = {"data": {"context_length": L}, "model": {"num_heads": 2}}
+        (tmp_path / "configs").mkdir(exist_ok=True)
+        (tmp_path / "configs" / f"{name}.yaml").write_text(yaml.dump(sizes))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_main, "train", train)
+    monkeypatch.setattr(study_main, "measure_loss", partial(study_main.measure_loss, windows=2))
+    return state
+
+
+def test_a_study_that_is_stopped_goes_on_and_what_has_results_is_not_trained_again(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = study_main.Study(seeds=(1, 2)).measurements()
+    assert {part.name for part in parts} == {name for name, _ in TABLES.values()}
+    (loss,) = [part for part in parts if part.name == "loss"]
+    short = loss._replace(work=partial(study_main.measure_loss, longest=2), modes=loss.modes[:2])
+    path = tmp_path / "loss.json"
+    small["stop_at"] = 3
+    with pytest.raises(KeyboardInterrupt):
+        study_main.complete(short, path)
+    small["stop_at"] = None
+    study_main.complete(short, path)
+    assert small["trained"] == [("xpos", 1), ("xpos", 2), ("rotary", 1), ("rotary", 2)]
+    (tmp_path / "runs").rename(tmp_path / "gone")
+    study_main.complete(short, path)
+    assert len(small["trained"]) == 4
+    settings, cells = read_cells(path)
+    write_cells(path, settings, [each for each in cells if each["seed"] == 1])
+    study_main.complete(short, path)
+    assert small["trained"][4:] == [("xpos", 2), ("rotary", 2)]
+    assert len(read_cells(path)[1]) == 8
+
+
+def test_encodings_that_differ_in_scale_base_are_named_by_it(small: dict[str, Any]) -> None:
+    (part,) = [part for part in study_main.Study().measurements() if part.name == "scale_base"]
+    bases = [training.encoding for training in part.trainings]
+    assert bases == [f"scale_base {base}" for base in (2, 4, 8, 16, 64, 512)]
+    part.trainings[0].work()
+    assert small["trained"] == [("scale_base2", 1)]
+
+
+def test_a_wrong_argument_is_told_in_one_line(small: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+    for args, message in (
+        (["--seeds", "[1, 1]"], "seeds must be different ones, one at least, got (1, 1)"),
+        (["--only", "[los]"], "only must name measurements, got los"),
+        (["--size", "huge"], "huge"),
+    ):
+        assert message in complaint_of(partial(command, study_main.study), args, capfd)
+
+
+def test_the_demo_trains_both_encodings_and_prints_table_and_thresholds(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+    (tmp_path / "runs").symlink_to(runs)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study.demo, "train", commands.append)
+    monkeypatch.setattr(study.demo, "extrapolate", partial(extrapolate, longest=4, output=str(tmp_path / "out")))
+    study.demo.demo()
+    assert [command[:3] for command in commands] == [
+        ["fit", "--config", f"configs/{name}.yaml"] for name in ("xpos", "rotary")
+    ]
+    printed = capsys.readouterr().out
+    assert all(threshold.claim in printed for threshold in THRESHOLDS)
+    assert printed.count("| xPos, ") == 4
+    measured = results_of(*read_cells(tmp_path / "out" / "results.json"))
+    for name in ("extrapolation", "by_position"):
+        save_plot(PLOTS[name][1](measured), tmp_path / f"{name}.png")

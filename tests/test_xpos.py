@@ -11,25 +11,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import (
-    DTYPES,
-    HALVES,
-    Encoding,
-    encode,
-    gradients,
-    normal,
-    relative_error,
-    roundoff,
-    score_sizes,
-    scores,
-    zeta,
-)
+from reference import DTYPES, HALVES, Encoding, encode, normal, relative_error, roundoff, score_sizes, scores, zeta
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from xpos_zoo import XPOS
-from xpos_zoo.rotary import RotaryEmbedding
 
-LEADING = ((), (2,), (2, 3), (1, 2, 3))
 FASTEST = math.log2(3.5)  # bits that the fastest pair decays in scale_base positions
 bases = st.sampled_from([0.5, 1.0, 4.0, 64.0, 100.5, 512.0, 4096.0])
 even = st.integers(1, 16).map(lambda i: 2 * i)
@@ -63,24 +49,6 @@ def test_the_documented_examples_encode_by_the_formula():
     assert relative_error(output, encode(x, at, 11 - at, Encoding(512))) <= 5 * roundoff(torch.float32)
 
 
-def test_scale_has_torchscales_numbers():
-    published = torch.tensor([0.2857143, 0.4642857, 0.6428571, 0.8214286])
-    assert (XPOS(8).scale - published).abs().max() <= 5e-8 + roundoff(torch.float32)  # seven decimals are given
-
-
-@pytest.mark.parametrize(
-    ("length", "offset", "exponents"),
-    [(5, 0, [-3, -2, -1, 0, 1]), (6, 0, [-3, -2, -1, 0, 1, 2]), (5, 2, [-2, -1, 0, 1, 2]), (1, 7, [3])],
-)
-@pytest.mark.parametrize("downscale", [False, True])
-def test_exponents_are_torchscales(length, offset, exponents, downscale):
-    ones = torch.ones(length, 2, dtype=torch.float64)
-    grown = XPOS(2, scale_base=1)(ones, offset, downscale).norm(dim=-1) / math.sqrt(2)  # rotation keeps the norm
-    actual = grown.log() / math.log(2 / 7)
-    expected = torch.tensor(exponents).double() * (-1 if downscale else 1)
-    assert (actual - expected).abs().max() <= 8 * roundoff(torch.float64)
-
-
 @given(
     head_dim=even,
     total=st.integers(1, 24),
@@ -89,17 +57,16 @@ def test_exponents_are_torchscales(length, offset, exponents, downscale):
     scale_base=bases,
     dtype=st.sampled_from(DTYPES),
     interleaved=st.booleans(),
-    leading=st.sampled_from(LEADING),
 )
 def test_queries_and_keys_that_end_together_score_by_the_formula(
-    head_dim, total, rows, beyond, scale_base, dtype, interleaved, leading
+    head_dim, total, rows, beyond, scale_base, dtype, interleaved
 ):
     n, m = (min(r, total) for r in rows)
     total += beyond
     bits = (total / 2 + 1) * FASTEST / scale_base  # the exponents' origin is in the middle
     assume(bits <= (8 if dtype == torch.float16 else 60))
     encoding = Encoding(scale_base, interleaved=interleaved)
-    q, k = normal(0, *leading, n, head_dim, dtype=dtype), normal(1, *leading, m, head_dim, dtype=dtype)
+    q, k = normal(0, 2, n, head_dim, dtype=dtype), normal(1, 2, m, head_dim, dtype=dtype)
     q_at, k_at = torch.arange(total - n, total), torch.arange(total - m, total)
     xpos = encoding.module(head_dim)
     assert isinstance(xpos, XPOS)
@@ -109,12 +76,6 @@ def test_queries_and_keys_that_end_together_score_by_the_formula(
     tolerance = score_tolerance(dtype) * (1e6 if dtype == torch.float64 else 1)  # angles up to 1e6 in float64
     underflow = subnormal(dtype) * (q.double().norm() + k.double().norm()) * 2**bits
     assert (error <= tolerance * score_sizes(q, k, q_at, k_at, encoding) + underflow).all()
-
-
-def test_an_offset_tensor_counts_as_its_number():
-    x = normal(0, 2, 5, 8)
-    for offset in (torch.tensor(3), torch.tensor([3]), torch.tensor(3, dtype=torch.int32)):
-        assert torch.equal(XPOS(8)(x, offset), XPOS(8)(x, 3))
 
 
 # The rotation that attention asks for
@@ -127,18 +88,17 @@ def test_an_offset_tensor_counts_as_its_number():
     start=st.sampled_from([0, 1, 77, 4096, 999_988]),
     lag=st.integers(-12, 12),
     shift=st.integers(-20, 20),
-    scale_base=bases,
-    base=st.sampled_from([100.0, 10000.0]),
+    scale_base=st.none() | bases,
+    base=st.sampled_from([100.0, 10000.0, 500000.0]),
     dtype=st.sampled_from(DTYPES),
     interleaved=st.booleans(),
-    leading=st.sampled_from(LEADING),
 )
-def test_scores_equal_the_formula(head_dim, n, m, start, lag, shift, scale_base, base, dtype, interleaved, leading):
+def test_scores_equal_the_formula(head_dim, n, m, start, lag, shift, scale_base, base, dtype, interleaved):
     encoding = Encoding(scale_base, base, interleaved)
     q_at, k_at, origin = torch.arange(n) + start, torch.arange(m) + start + lag, start + shift
-    bits = (torch.cat((q_at, k_at)) - origin).abs().max().item() * FASTEST / scale_base
+    bits = (torch.cat((q_at, k_at)) - origin).abs().max().item() * FASTEST / (scale_base or 1e9)
     assume(bits <= (8 if dtype == torch.float16 else 60))
-    q, k = normal(0, *leading, n, head_dim, dtype=dtype), normal(1, *leading, m, head_dim, dtype=dtype)
+    q, k = normal(0, 2, n, head_dim, dtype=dtype), normal(1, 2, m, head_dim, dtype=dtype)
     rotated_q, rotated_k = encoding.module(head_dim).rotate(q, k, q_at, k_at, origin)
     assert rotated_q.dtype == rotated_k.dtype == dtype
     error = (rotated_q.double() @ rotated_k.double().mT - scores(q, k, q_at, k_at, encoding)).abs()
@@ -147,51 +107,12 @@ def test_scores_equal_the_formula(head_dim, n, m, start, lag, shift, scale_base,
     assert (error <= tolerance * score_sizes(q, k, q_at, k_at, encoding) + underflow).all()
 
 
-@pytest.mark.parametrize("start", [0, 65_536, 1_000_000])
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_float32_scores_are_within_two_millionths_of_the_formula(start, interleaved):
-    q, k, at = normal(0, 2, 128, 64), normal(1, 2, 128, 64), torch.arange(128) + start
-    encoding = Encoding(512, interleaved=interleaved)
-    rotated_q, rotated_k = encoding.module(64).rotate(q, k, at, at, origin=start + 64)
-    assert relative_error(rotated_q.double() @ rotated_k.double().mT, scores(q, k, at, at, encoding)) <= 2e-6
-
-
-@given(st.integers(-10_000_000, 10_000_000), st.integers(-40, 40))
-def test_scores_do_not_depend_on_the_origin(start, shift):
-    q, k, at = normal(0, 7, 8), normal(1, 7, 8), torch.arange(7)
-    xpos = XPOS(8, scale_base=4)
-    first, second = (
-        a.double() @ b.double().mT
-        for a, b in (xpos.rotate(q, k, at, at), xpos.rotate(q, k, at + start, at + start, origin=start + shift))
-    )
-    sizes = score_sizes(q, k, at, at, Encoding(4))
-    assert ((first - second).abs() <= 2 * 2e-6 * sizes).all()  # each within its contract
-
-
-def test_positions_may_differ_between_rows_of_the_batch():
-    q, k = normal(0, 2, 3, 4, 8), normal(1, 2, 3, 4, 8)
-    at = torch.tensor([[0, 1, 2, 3], [100, 90, 7, 8]])[:, None]
-    origin = torch.tensor([[[0]], [[50]]])
-    rotated_q, rotated_k = XPOS(8, 16).rotate(q, k, at, at, origin)
-    expected = scores(q, k, at, at, Encoding(16))
-    assert relative_error(rotated_q.double() @ rotated_k.double().mT, expected) <= 2e-6
-
-
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_gradients_are_those_of_the_formula(interleaved):
     xpos, at = XPOS(6, scale_base=3, interleaved=interleaved), torch.arange(3)
     q, k = (normal(i, 2, 3, 6, dtype=torch.float64).requires_grad_() for i in range(2))
     assert torch.autograd.gradcheck(lambda q, k: xpos.rotate(q, k, at + 5, at, origin=2), (q, k))
     assert torch.autograd.gradcheck(lambda q: xpos(q, 4, downscale=True), (q,))
-
-    q, k = (normal(i, 2, 40, 6).requires_grad_() for i in range(2))
-    at, upstream = torch.arange(40), normal(2, 2, 40, 40)
-    rotated_q, rotated_k = xpos.rotate(q, k, at, at, origin=20)
-    actual = gradients(rotated_q @ rotated_k.mT, upstream, (q, k))
-    expected = gradients(scores(q, k, at, at, Encoding(3, interleaved=interleaved)), upstream, (q, k))
-    for one, other in zip(actual, expected, strict=True):
-        # The contract for scores, and a sum of 40 products in float32.
-        assert relative_error(one, other) <= 2e-6 + 40 * roundoff(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -222,20 +143,14 @@ def test_casting_the_module_changes_no_output(cast):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("module", [XPOS(8), RotaryEmbedding(8)], ids=["xpos", "rotary"])
-def test_autocast_changes_no_output(module):
-    x, at = normal(0, 2, 3000, 8), torch.arange(3000)
-    expected = module(x), *module.rotate(x, x, at, at, 1500)
+def test_autocast_and_earlier_calls_change_no_output():
+    x, at, xpos = normal(0, 2, 3000, 8), torch.arange(3000), XPOS(8)
+    expected = XPOS(8)(x), *XPOS(8).rotate(x, x, at, at, 1500)
+    for before in DTYPES:
+        xpos(x.to(before), offset=7)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = module(x), *module.rotate(x, x, at, at, 1500)
+        actual = xpos(x), *xpos.rotate(x, x, at, at, 1500)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
-
-
-@pytest.mark.parametrize("before", DTYPES)
-def test_earlier_calls_leave_no_trace(before):
-    x, xpos = normal(0, 2, 50, 8), XPOS(8)
-    xpos(normal(1, 1, 3000, 8, dtype=before), offset=7)
-    assert torch.equal(xpos(x), XPOS(8)(x))
 
 
 @pytest.mark.parametrize("saved_as", [torch.float32, *HALVES])
@@ -250,8 +165,11 @@ def test_a_module_made_on_the_meta_device_computes_as_a_fresh_one(saved_as):
     assert torch.equal(xpos.scale, XPOS(8).scale)
 
 
-def test_a_state_dict_loads_whatever_the_default_dtype_and_device_are():
-    state = XPOS(8).state_dict()
+def test_a_state_dict_of_torchscale_loads_whatever_the_default_dtype_and_device_are():
+    theirs = torch.nn.Module()
+    theirs.register_buffer("scale", (torch.arange(0, 8, 2) + 0.4 * 8) / (1.4 * 8))
+    state = theirs.state_dict()
+    assert list(XPOS(8).state_dict()) == list(state)
     torch.set_default_dtype(torch.bfloat16)
     try:
         XPOS(8).load_state_dict(state)
@@ -262,14 +180,6 @@ def test_a_state_dict_loads_whatever_the_default_dtype_and_device_are():
         xpos.load_state_dict(state, assign=True)
     x = normal(0, 2, 50, 8)
     assert torch.equal(xpos(x), XPOS(8)(x))
-
-
-def test_a_torchscale_state_dict_loads():
-    theirs = torch.nn.Module()
-    theirs.register_buffer("scale", (torch.arange(0, 64, 2) + 0.4 * 64) / (1.4 * 64))
-    for assign in (False, True):
-        XPOS(64).load_state_dict(theirs.state_dict(), assign=assign)
-    assert list(XPOS(64).state_dict()) == ["scale"]
 
 
 @pytest.mark.parametrize(
@@ -316,40 +226,12 @@ def test_an_average_of_modules_has_the_angles_of_each():
     assert torch.equal(average(x, 1_000_000), XPOS(8)(x, 1_000_000))
 
 
-def test_numbers_of_other_types_are_integers_too():
+def test_offsets_of_other_types_are_integers_too():
     x = normal(0, 2, 5, 8)
-    assert torch.equal(XPOS(np.int64(8))(x, np.int32(3)), XPOS(8)(x, 3))  # type: ignore[arg-type]
+    for offset in (torch.tensor(3), torch.tensor([3]), torch.tensor(3, dtype=torch.int32), np.int32(3)):
+        assert torch.equal(XPOS(np.int64(8))(x, offset), XPOS(8)(x, 3))  # type: ignore[arg-type]
 
 
 def test_an_empty_sequence_stays_empty():
     empty = torch.empty(2, 0, 8)
     assert XPOS(8)(empty).shape == XPOS(8)(empty, offset=5, downscale=True).shape == empty.shape
-
-
-x = torch.zeros(2, 5, 8)
-
-
-@pytest.mark.parametrize(
-    ("call", "said"),
-    [
-        (lambda: XPOS(7), "head_dim must be even and above 0, got 7"),
-        (lambda: XPOS(0), "head_dim must be even and above 0, got 0"),
-        (lambda: XPOS(8, 0), "scale_base must be above 0 and finite, got 0"),
-        (lambda: XPOS(8, -4), "scale_base must be above 0 and finite, got -4"),
-        (lambda: XPOS(8, math.inf), "scale_base must be above 0 and finite, got inf"),
-        (lambda: XPOS(8, math.nan), "scale_base must be above 0 and finite, got nan"),
-        (lambda: setattr(XPOS(8), "scale_base", 0), "scale_base must be above 0 and finite, got 0"),
-        (lambda: XPOS(8, base=-1), "base must be above 0 and finite, got -1"),
-        (lambda: XPOS(6)(x), "x must have shape (..., seq_len, head_dim=6), got (2, 5, 8)"),
-        (lambda: XPOS(8)(x[0, 0]), "x must have shape (..., seq_len, head_dim=8), got (8,)"),
-        (lambda: XPOS(8)(x.int()), "x must have a floating-point dtype, got torch.int32"),
-        (lambda: XPOS(8)(x, -3), "offset must be 0 or above and an integer, got -3"),
-        (lambda: XPOS(8)(x, 2.5), "offset must be 0 or above and an integer, got 2.5"),  # type: ignore[arg-type]
-        (lambda: XPOS(8)(x, torch.arange(5)), "offset must be one integer, got torch.int64 (5,)"),
-        (lambda: XPOS(8.0), "head_dim must be even and above 0, got 8.0"),  # type: ignore[arg-type]
-    ],
-)
-def test_errors_name_the_argument_its_value_and_what_is_allowed(call, said):
-    with pytest.raises(ValueError, match="must") as raised:
-        call()
-    assert said in str(raised.value)

@@ -1,8 +1,11 @@
 """Text, options and callbacks that make a whole training a matter of a second."""
 
+import csv
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,10 +52,7 @@ def options(tmp_path: Path, config: str = "xpos", **changes: Any) -> list[str]:
         "trainer__val_check_interval": 4,
         "trainer__log_every_n_steps": 1,
         "trainer__enable_progress_bar": "false",
-        "trainer__callbacks": "Checkpoints",
-        "trainer__callbacks__save_last": "true",
-        "trainer__callbacks__save_top_k": 0,
-        "trainer__callbacks__every_n_train_steps": 3,
+        "save_every": 3,
     }
     given = {name: value for name, value in (small | changes).items() if value is not None}
     return ["--config", str(CONFIGS / f"{config}.yaml"), *(f"--{k.replace('__', '.')}={v}" for k, v in given.items())]
@@ -68,6 +68,26 @@ def read_checkpoint(run: Path) -> dict[str, Any]:
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two nests of dicts and lists hold equal values, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def interrupted_at(step: int, hook: str = "on_train_batch_end", kill: bool = False) -> tuple[str, ...]:
+    args = f'{{"step": {step}, "hook": "{hook}", "kill": {str(kill).lower()}}}'
+    return (f'--trainer.callbacks+={{"class_path": "tiny.Interrupt", "init_args": {args}}}',)
+
+
 def complaint_of(command: Callable[[list[str]], None], args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     """The one line that a command prints on stderr; checks that there is no other, and the exit status."""
     capfd.readouterr()
@@ -79,25 +99,7 @@ def complaint_of(command: Callable[[list[str]], None], args: list[str], capfd: p
     return line.removeprefix("error: ")
 
 
-# What every measurement of runs answers to a wrong argument, with those of its own.
-WRONG_ARGUMENTS: list[tuple[list[str], str]] = [
-    ([], "required: runs"),
-    (["{runs}", "--temperature", "-1"], "temperature must be 0 or above and finite, got -1.0"),
-    (["{runs}", "--temperature", ".nan"], "temperature must be 0 or above and finite, got nan"),
-    (["{runs}", "--tail", ".inf"], "tail must be 0 or above and finite, got inf"),
-    (["{runs}", "--device", "abacus"], "device must be auto, cpu or cuda, got abacus"),
-    (["nowhere"], "runs: there is no folder 'nowhere'"),
-]
-
-
-def train_runs(folder: Path, *runs: tuple[str, int], train: Callable[..., Path] = fit) -> Path:
-    """Trains each configuration with its seed, for two steps; gives the folder of the runs."""
-    for config, seed in runs:
-        train(folder, config, seed_everything=seed, trainer__max_steps=2)
-    return folder / "runs"
-
-
-def copy_of_run(run: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+def changed_run(run: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     """A run of which there is a changed checkpoint alone."""
     path = to / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
@@ -107,19 +109,28 @@ def copy_of_run(run: Path, to: Path, change: Callable[[dict[str, Any]], Any]) ->
     return to
 
 
-def calls_of_measure(monkeypatch: pytest.MonkeyPatch, module: Any, last: int | None = None) -> list[str]:
-    """The modes that a module measures from now on; the call after `last` calls is interrupted."""
-    calls: list[str] = []
-    measure = module.measure
+def random_windows(count: int, length: int, tokens: int = 256) -> torch.Tensor:
+    return torch.randint(tokens, (count, length), generator=torch.Generator().manual_seed(1))
 
-    def counted(model: Any, mode: Any, *rest: Any) -> dict[str, Any]:
-        if len(calls) == last:
-            raise InterruptionError
-        calls.append(mode.name)
-        return measure(model, mode, *rest)
 
-    monkeypatch.setattr(module, "measure", counted)
-    return calls
+def sharpened(model: torch.nn.Module, factor: float = 5.0) -> Any:
+    """The model with weights so large that what attention does shows, for evaluation in float64."""
+    for parameter in model.parameters():
+        parameter.data *= factor
+    return model.double().eval()
+
+
+def metrics(run: Path, column: str) -> dict[int, float]:
+    """Of all the folder's logs, by step."""
+    logs = [path.read_text().splitlines() for path in sorted(run.glob("metrics/*/metrics.csv"))]
+    rows = [row for log in logs for row in csv.DictReader(log)]
+    return {int(row["step"]): float(row[column]) for row in rows if row.get(column)}
+
+
+def in_subprocess(args: list[str]) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "train", *args]
+    return subprocess.run(command, cwd=CONFIGS.parent, env=env, capture_output=True, text=True, timeout=240)
 
 
 class InterruptionError(Exception):

@@ -1,17 +1,16 @@
-"""What a training can show on its way, by a line of YAML each: samples of text, and how fast it goes."""
+"""What can a training show on its way, by a line of YAML each? Samples of text, and how fast it goes."""
 
 import math
-import time
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from train.errors import UserError
-from train.tokens import Bytes, Tokenizer, decoded
+from train.tokens import byte_tokenizer, decode
 from xpos_zoo import Transformer
 
 
@@ -49,64 +48,46 @@ class SampleText(L.Callback):
         if trainer.sanity_checking or not trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy):
             return
         model: Any = pl_module.transformer
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        tokenizer: Tokenizer = data.corpus.tokenizer if hasattr(data, "corpus") else Bytes()
-        tokens = torch.tensor([tokenizer.encode([self.prompt])[0].tolist()], dtype=torch.int64, device=pl_module.device)
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None) or byte_tokenizer()  # type: ignore[attr-defined]
+        prompt = tokenizer.encode(self.prompt, add_special_tokens=False).ids
         try:
-            drawn = model.generate(tokens, self.max_new_tokens, **self.options)
+            drawn = model.generate(torch.tensor([prompt], device=pl_module.device), self.max_new_tokens, **self.options)
         except ValueError as error:
             raise UserError(f"SampleText: {error}") from error
-        text = decoded(tokenizer, drawn[0].tolist())
+        text = "".join(decode(tokenizer, drawn[0].tolist()))
         trainer.print(f"--- sample after step {trainer.global_step}\n{text}\n---")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("sample", f"```\n{text}\n```", trainer.global_step)
 
 
-class Throughput(L.Callback):
-    """Logs tokens a second over all devices and, on GPUs whose peak is known, the share of it that is used (MFU).
+class Throughput(ThroughputMonitor):
+    """Logs Lightning's measures of speed: windows and tokens a second and, on known GPUs, the share of their peak.
 
-    Both are means since the last row of the log, without validation, and stand in the progress bar, too.
+    Args:
+        window_size: over how many batches.
     """
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        module: Any = pl_module
-        self.flops = training_flops(module.transformer, module.hparams["context_length"])
-        half = {"bf": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision)[:2], torch.float32)
-        device = trainer.strategy.root_device
-        self.peak = get_available_flops(device, half) if device.type == "cuda" else None
-        self._start(trainer.global_step)
+    def __init__(self, window_size: int = 100):
+        super().__init__(
+            batch_size_fn=lambda batch: len(inputs(batch)),
+            length_fn=lambda batch: inputs(batch).numel(),
+            window_size=window_size,
+        )
 
-    def _start(self, step: int) -> None:
-        self.step, self.tokens, self.paused, self.since = step, 0, 0.0, time.monotonic()
-        self.pause: float | None = None
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        module: Any = trainer.lightning_module
+        tokens = trainer.datamodule.options.batch_size * module.options.context_length  # type: ignore[attr-defined]
+        module.flops_per_batch = tokens * training_flops(module.transformer, module.options.context_length)
+        super().on_train_start(trainer, *args)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.pause = time.monotonic()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self.pause is not None:  # other callbacks may have gone on after the validation
-            self.paused += time.monotonic() - self.pause
-            self.pause = None
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        inputs = batch[:, :-1] if isinstance(batch, torch.Tensor) else batch[0]
-        self.tokens += inputs.numel() * trainer.world_size
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step > self.step and trainer.global_step % every == 0:
-            speed = self.tokens / max(time.monotonic() - self.since - self.paused, 1e-9)
-            pl_module.log("tokens_per_second", speed, prog_bar=True)
-            if self.peak:
-                pl_module.log("mfu", speed * self.flops / (self.peak * trainer.world_size), prog_bar=True)
-            self._start(trainer.global_step)
+def inputs(batch: Any) -> torch.Tensor:
+    return batch[:, :-1] if isinstance(batch, torch.Tensor) else batch[0]
 
 
 def training_flops(model: Transformer, context_length: int) -> float:
-    """Multiplications and additions a token of a training step at this length: forward, and twice that backward.
+    """Multiplications and additions a token of a training step: forward, and twice that backward.
 
     Those of weights that multiply, and of the scores and values that causality leaves: half of all, or in blocks of B
     those of at most 2B keys. What checkpointed activations compute again does not count.

@@ -2,22 +2,20 @@
 
 from pathlib import Path
 
-from train.checkpoint import last_checkpoint_of, load_checkpoint
+from train.checkpoint import find_checkpoint, load_checkpoint
+from train.data import tokenizer_json_in
 from train.errors import UserError, command
 from train.files import replacing
 from train.language_model import LanguageModel
-from train.text import tokenizer_json_in
 from train.tokens import FILE
 
 
 def export(checkpoint: str, output: str, block_size: int | None = None, overwrite: bool = False) -> None:
-    """Write a trained model as config.json and model.safetensors, without optimizer, data or code.
-
-    A model of anything but bytes has its tokenizer.json beside them.
+    """Write a trained model and its tokenizer, without optimizer, data or code.
 
     Args:
         checkpoint: a checkpoint of `python -m train fit`, or the folder of a run, whose last one is meant.
-        output: the folder for these files.
+        output: the folder for config.json, model.safetensors and tokenizer.json.
         block_size: of blockwise attention; by default the trained model's. 0 attends to the whole text.
         overwrite: replace a model that is there.
 
@@ -25,9 +23,7 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
         UserError: the checkpoint is missing or damaged, its position module is not the library's, a model is there
             already, or safetensors is not installed.
     """
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = last_checkpoint_of(path)
+    path = find_checkpoint(checkpoint)
     content = load_checkpoint(path)
     trained = content["state_dict"]["transformer.embedding.weight"].dtype
     tokens, tokenizer = Path(output) / FILE, tokenizer_json_in(content)
@@ -40,9 +36,8 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
         model.save_pretrained(output, overwrite=overwrite)
     except ValueError as error:
         raise UserError(str(error).replace("overwrite=True", "--overwrite true")) from error
-    if tokenizer is None:
-        tokens.unlink(missing_ok=True)  # of a model that was there
-    else:
+    tokens.unlink(missing_ok=True)  # of a model that was there
+    if tokenizer is not None:
         with replacing(tokens) as draft:
             draft.write_text(tokenizer, encoding="utf-8")
     print(f"{output}: a {trained} model of {sum(p.numel() for p in model.parameters()):,} weights from {path}")

@@ -1,62 +1,46 @@
-"""The language model that Lightning trains: next-token prediction with a `Transformer`."""
+"""How is a language model trained? A `Transformer`, next-token prediction, AdamW, a schedule, for Lightning."""
 
 import math
-import re
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 
-from train.baselines import ALiBi, NoPositions
 from train.errors import UserError
-from train.tokens import VOCAB_SIZE
+from train.tokens import BYTES
 from xpos_zoo import XPOS, PositionModule, RotaryEmbedding, Transformer
 
-POSITIONS = (XPOS, RotaryEmbedding, ALiBi, NoPositions)  # imported, so that YAML can name them without their module
+POSITIONS = (XPOS, RotaryEmbedding)  # imported, so that YAML can name them without their module
+UNSET_SCALE_BASE = 512  # XPOS's own default, which belongs to a training length of 1024
 IGNORED = -100  # a target that is not predicted
-FALL = 10  # the learning rate falls to its peak over this
-GRAPHS = 8  # of a compiled layer, at most: with and without gradients, a last batch that is smaller
+LOWEST = 0.1  # of the learning rate's peak, where it ends
 DECAY = 0.2  # the share of steps over which it falls in the schedule wsd
+GRAPHS = 8  # of a compiled layer, at most: with and without gradients, a last batch that is smaller
 
+Positions = Callable[[int], PositionModule]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
-
-DIVERGED = (
-    "training stopped, and its last checkpoint is from before that; "
-    "try a lower model.learning_rate or trainer.gradient_clip_val, under a --name of its own"
-)
-
 # Windows (b, n + 1), each token of which but the first is predicted; or inputs, targets and, where tokens see none of
 # another document, the number of each input's document, (b, n) each.
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 
 
-def random_numbers(device: str) -> Any:
-    """The module that holds the random state of a kind of device."""
-    return torch.cuda if device == "cuda" else torch.random
-
-
-class Positions(Protocol):
-    """Gives a position module for a head_dim. What is a parameter here, YAML cannot set below `model.positions`."""
-
-    def __call__(self, head_dim: int, *, scale_base: float = ..., num_heads: int = ...) -> nn.Module: ...
-
-
 class LanguageModel(L.LightningModule):
     """A `Transformer` with AdamW and a learning rate that rises linearly, then falls.
 
-    A loss or a weight that is not finite ends the training, and no checkpoint is written any more.
+    Weights that are not finite end the training where a checkpoint would be written, and reach none.
 
     Args:
         context_length: training length L; the data's own.
-        positions: the position module's class, or anything that gives one for a head_dim: `XPOS`, `RotaryEmbedding`,
-            `ALiBi`, `NoPositions`; or a list with one for each layer.
-        scale_base: of position modules that have one; by default half the context length, where the authors' 512 for
-            1024 puts it.
+        positions: the position module's class, or anything that gives one for a head_dim, such as `XPOS` or
+            `RotaryEmbedding`; or a list with one for each layer.
+        scale_base: of XPOS: by default half the context length, where the authors' 512 for 1024 puts it. It takes the
+            place of the library's default of 512 in `positions`.
         embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, dropout: see `Transformer`.
         block_size: of blockwise attention, or null for dense; or a list with one for each layer.
         learning_rate: at the end of the warm-up.
@@ -69,14 +53,13 @@ class LanguageModel(L.LightningModule):
         vocab_size: how many tokens there are; the data's own.
 
     Raises:
-        UserError: a size or rate is out of range, or scale_base is given within `positions`, or where it
-            has no place.
+        UserError: a size or rate is out of range, or positions give no `PositionModule`.
     """
 
     def __init__(
         self,
         context_length: int,
-        positions: tuple[Positions, ...] | Positions = XPOS,  # type: ignore[assignment]  # takes what it has of those
+        positions: Positions | list[Positions] = XPOS,
         scale_base: float | None = None,
         embed_dim: int = 128,
         num_layers: int = 4,
@@ -91,7 +74,7 @@ class LanguageModel(L.LightningModule):
         compile: bool = False,
         schedule: Schedule = "cosine",
         checkpoint_activations: bool = False,
-        vocab_size: int = VOCAB_SIZE,
+        vocab_size: int = BYTES,
     ):
         super().__init__()
         if not learning_rate > 0:
@@ -100,38 +83,12 @@ class LanguageModel(L.LightningModule):
             raise UserError(f"model.warmup_steps must be 1 or above, got {warmup_steps}")
         if not weight_decay >= 0:
             raise UserError(f"model.weight_decay must be 0 or above, got {weight_decay}")
-        many = isinstance(positions, (list, tuple))
-        makers = positions if many else [positions]
-        if any("scale_base" in getattr(make, "keywords", {}) for make in makers):
-            raise UserError("model.positions takes no scale_base; give it as model.scale_base")
         self.save_hyperparameters()
-        self.learning_rate = learning_rate
-        self.warmup_steps = warmup_steps
-        self.weight_decay = weight_decay
-        self.compile_layers = compile
-        self.schedule = schedule
-        self._first_not_finite: Tensor | None = None
+        self.options: Any = self.hparams
         self._random_state: dict[str, Tensor] | None = None
-
-        def for_context_length(make: Positions, head_dim: int) -> PositionModule:
-            try:
-                made = make(head_dim)
-            except TypeError as error:
-                raise UserError(f"model.positions cannot be made with a head_dim: {error}") from error
-            if not isinstance(made, PositionModule):
-                raise UserError(
-                    f"model.positions must give an xpos_zoo.PositionModule, got {type(made).__name__}; "
-                    f"right are {', '.join(known.__name__ for known in POSITIONS)}, or a class of your own"
-                )
-            module: Any = made
-            if hasattr(module, "scale_base"):
-                module.scale_base = context_length / 2 if scale_base is None else scale_base
-                self.hparams["scale_base"] = module.scale_base
-            if hasattr(module, "num_heads"):
-                module.num_heads = num_heads
-            return module
-
-        each = [partial(for_context_length, make) for make in makers]
+        own_scale_base = context_length / 2 if scale_base is None else scale_base
+        many = isinstance(positions, (list, tuple))
+        makers = [partial(make_positions, make, own_scale_base) for make in (positions if many else [positions])]
         try:
             self.transformer = Transformer(
                 vocab_size,
@@ -139,7 +96,7 @@ class LanguageModel(L.LightningModule):
                 num_layers,
                 num_heads,
                 num_kv_heads=num_kv_heads,
-                positions=each if many else each[0],
+                positions=makers if many else makers[0],
                 block_size=block_size,
                 hidden_dim=hidden_dim,
                 dropout=dropout,
@@ -147,24 +104,24 @@ class LanguageModel(L.LightningModule):
         except UserError:
             raise
         except ValueError as error:
-            # head_dim is no option here.
-            message = re.sub(r"^head_dim\b", "embed_dim / num_heads", str(error)).removesuffix("; or give head_dim")
-            raise UserError(f"model.{message}") from error
-        modules = [attention.positions for attention in self.transformer.attentions]
-        if scale_base is not None and not any(hasattr(module, "scale_base") for module in modules):
-            raise UserError(f"model.scale_base is {scale_base:g}, but {type(modules[0]).__name__} has no scale_base")
+            raise UserError(f"model: {error}") from error
+        if any(isinstance(attention.positions, XPOS) for attention in self.transformer.attentions):
+            self.hparams["scale_base"] = own_scale_base  # what a checkpoint of another length was trained with
+        elif scale_base is not None:
+            raise UserError(f"model.scale_base is {scale_base:g}, but no layer has XPOS")
         self.transformer.checkpoint_activations = checkpoint_activations
 
     def configure_model(self) -> None:
-        if self.compile_layers:
+        layers = self.transformer.layers
+        if self.options.compile:
             # All layers are one function to the compiler, and each kind of layer has graphs of its own.
-            limit = GRAPHS * len(self.transformer.layers)
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
-        for layer in self.transformer.layers:
-            if self.compile_layers and layer._compiled_call_impl is None:
+            limit = max(torch._dynamo.config.recompile_limit, GRAPHS * len(layers))
+            torch._dynamo.config.recompile_limit = limit
+        for layer in layers:
+            if self.options.compile and layer._compiled_call_impl is None:
                 layer.compile(fullgraph=True)
         if self.device_mesh is not None:  # of Lightning's ModelParallelStrategy
-            for module in (*self.transformer.layers, self.transformer):
+            for module in (*layers, self.transformer):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -176,100 +133,45 @@ class LanguageModel(L.LightningModule):
         logits = self(inputs, *document_ids).flatten(0, 1)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy of the targets, in nats."""
-        return cross_entropy(*self.predictions(batch), ignore_index=IGNORED)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
-        self._note(loss)
+        loss = cross_entropy(*self.predictions(batch), ignore_index=IGNORED)
         self.log("train_bits_per_byte", self._bits_per_byte("train", loss.detach()), prog_bar=True)
         self.log("train_nats_per_token", loss.detach())
         return loss
 
-    def _note(self, loss: Tensor) -> None:
-        """Remember the first step whose loss is not finite, without waiting for the device."""
-        if self._first_not_finite is None:
-            self._first_not_finite = torch.zeros((), dtype=torch.int64, device=loss.device)
-        now = (~loss.detach().isfinite()) * (self.global_step + 1)
-        self._first_not_finite = torch.where(self._first_not_finite > 0, self._first_not_finite, now)
-
-    def _check_finite(self) -> None:
-        if self._first_not_finite is not None and (step := int(self._first_not_finite)):
-            raise UserError(f"the loss of step {step} is not finite; {DIVERGED}")
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._check_finite()
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        if self._random_state is not None:  # of a checkpoint; only now nobody draws any more before dropout does
-            for device, state in self._random_state.items():
-                random_numbers(device).set_rng_state(state)
-            self._random_state = None
-
-    def on_validation_start(self) -> None:
-        self._check_finite()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._check_finite()
-        for name, weight in checkpoint["state_dict"].items():
-            if weight.is_floating_point() and not weight.isfinite().all():
-                raise UserError(f"{name} is not finite after step {checkpoint['global_step']}; {DIVERGED}")
-        devices = {"cpu", self.device.type}
-        checkpoint["random_state"] = {device: random_numbers(device).get_rng_state() for device in devices}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._random_state = checkpoint.get("random_state")
-
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._log_held_out("val", batch, prog_bar=True)
+        self._evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._log_held_out("test", batch)
+        self._evaluate("test", batch)
 
-    def _log_held_out(self, split: str, batch: Batch, prog_bar: bool = False) -> None:
+    def _evaluate(self, split: str, batch: Batch) -> None:
         logits, targets = self.predictions(batch)
         loss = cross_entropy(logits, targets, ignore_index=IGNORED)
-        right = (logits.argmax(-1) == targets)[targets != IGNORED].float().mean()
-        measures = {f"{split}_bits_per_byte": self._bits_per_byte(split, loss), f"{split}_accuracy": right}
-        self.log_dict(measures, prog_bar=prog_bar, sync_dist=True)
-        self.log(f"{split}_nats_per_token", loss, sync_dist=True)
+        accuracy = (logits.argmax(-1) == targets)[targets != IGNORED].float().mean()
+        self.log(f"{split}_bits_per_byte", self._bits_per_byte(split, loss), prog_bar=split == "val", sync_dist=True)
+        self.log_dict({f"{split}_accuracy": accuracy, f"{split}_nats_per_token": loss}, sync_dist=True)
 
     def _bits_per_byte(self, split: str, loss: Tensor) -> Tensor:
         """Of a loss in nats a token; data that does not say how many tokens a byte has has one."""
         tokens_per_byte = getattr(getattr(self.trainer, "datamodule", None), "tokens_per_byte", None)
         return loss / math.log(2) * (1.0 if tokens_per_byte is None else tokens_per_byte(split))
 
+    # --- steps -------------------------------------------------------------------------------------------------------
+
     def configure_optimizers(self) -> Any:
-        matrices = [p for p in self.parameters() if p.ndim >= 2]
-        others = [p for p in self.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        options, steps = self.options, int(self.trainer.estimated_stepping_batches)
+        groups = [
+            {"params": [p for p in self.parameters() if p.ndim >= 2], "weight_decay": options.weight_decay},
+            {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
         # A fused optimizer unscales float16 gradients in its step, after they are clipped; others have it done before.
         fused = self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95), fused=fused)
-        warmup = LinearLR(optimizer, start_factor=1 / (self.warmup_steps + 1), total_iters=self.warmup_steps)
-        steps = int(self.trainer.estimated_stepping_batches)
-        parts = [warmup, *self._after_warmup(optimizer, steps)]
-        starts = [self.warmup_steps, max(self.warmup_steps, steps - self._decay_steps(steps))]
-        schedule = SequentialLR(optimizer, parts, milestones=starts[: len(parts) - 1])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _after_warmup(self, optimizer: torch.optim.Optimizer, steps: int) -> list[Any]:
-        falling = max(1, steps - self.warmup_steps)
-        match self.schedule:
-            case "cosine":
-                return [CosineAnnealingLR(optimizer, T_max=falling, eta_min=self.learning_rate / FALL)]
-            case "linear":
-                return [LinearLR(optimizer, 1.0, 1 / FALL, total_iters=falling)]
-            case "constant":
-                return [ConstantLR(optimizer, 1.0)]
-            case _:
-                decay = self._decay_steps(steps)
-                return [ConstantLR(optimizer, 1.0), LinearLR(optimizer, 1.0, 1 / FALL, total_iters=decay)]
-
-    def _decay_steps(self, steps: int) -> int:
-        return max(1, min(round(steps * DECAY), steps - self.warmup_steps))
+        optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=fused)
+        scheduler = LambdaLR(
+            optimizer, partial(schedule_factor, self.options.schedule, self.options.warmup_steps, steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -279,3 +181,65 @@ class LanguageModel(L.LightningModule):
             by_value = gradient_clip_algorithm == "value"
             clip = nn.utils.clip_grad_value_ if by_value else nn.utils.clip_grad_norm_
             clip(self.parameters(), gradient_clip_val)
+
+    def on_train_start(self) -> None:
+        """A run that begins from another one's checkpoint goes on at that step, with rates of its own."""
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        own = self.configure_optimizers()
+        factor = own["lr_scheduler"]["scheduler"].lr_lambdas[0](self.global_step)
+        config.scheduler.base_lrs = [self.options.learning_rate] * len(optimizer.param_groups)
+        for group, mine in zip(optimizer.param_groups, own["optimizer"].param_groups, strict=True):
+            rates = {name: value for name, value in mine.items() if name not in ("params", "lr")}
+            group.update(rates, lr=self.options.learning_rate * factor)
+
+    # --- what checkpoints hold beyond Lightning's own ----------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, weight in checkpoint["state_dict"].items():
+            if weight.is_floating_point() and not weight.isfinite().all():
+                raise UserError(
+                    f"{name} is not finite after step {checkpoint['global_step']}; training stopped, and its last "
+                    "checkpoint is from before that; try a lower model.learning_rate or trainer.gradient_clip_val, "
+                    "under a --name of its own"
+                )
+        devices = {"cpu", self.device.type}
+        checkpoint["random_state"] = {device: random_numbers(device).get_rng_state() for device in devices}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._random_state = checkpoint.get("random_state")
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self._random_state is not None:  # only now nobody draws any more before dropout does
+            for device, state in self._random_state.items():
+                random_numbers(device).set_rng_state(state)
+            self._random_state = None
+
+
+def make_positions(make: Positions, scale_base: float, head_dim: int) -> PositionModule:
+    """A position module; an XPOS that has the library's default scale_base gets this one."""
+    made = make(head_dim)
+    if not isinstance(made, PositionModule):
+        raise UserError(f"model.positions must give an xpos_zoo.PositionModule, got {type(made).__name__}")
+    if isinstance(made, XPOS) and made.scale_base == UNSET_SCALE_BASE:
+        made.scale_base = scale_base
+    return made
+
+
+def schedule_factor(schedule: Schedule, warmup: int, steps: int, step: int) -> float:
+    """The learning rate of a step (0, 1, ...), as a share of its peak."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    begin = warmup if schedule != "wsd" else max(warmup, steps - max(1, round(steps * DECAY)))
+    gone = min(1.0, max(0, step - begin) / max(1, steps - begin))
+    match schedule:
+        case "constant":
+            return 1.0
+        case "cosine":
+            return LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * gone)) / 2
+        case _:
+            return 1 - (1 - LOWEST) * gone
+
+
+def random_numbers(device: str) -> Any:
+    """The module that holds the random state of a kind of device."""
+    return torch.cuda if device == "cuda" else torch.random

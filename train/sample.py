@@ -1,14 +1,14 @@
 """`python -m train.sample --checkpoint runs/xpos/seed1 --prompt "def "`: text from a trained model, as it comes."""
 
-from pathlib import Path
+from itertools import chain, islice
 
 import torch
 
-from train.checkpoint import last_checkpoint_of, load_checkpoint
+from train.checkpoint import find_checkpoint, load_checkpoint
+from train.data import tokenizer_json_in
 from train.errors import UserError, command
 from train.language_model import LanguageModel
-from train.text import tokenizer_json_in
-from train.tokens import restored
+from train.tokens import byte_tokenizer, decode, tokenizer_from
 
 
 def sample(
@@ -41,33 +41,26 @@ def sample(
     Raises:
         UserError: an argument is out of range, or the checkpoint is missing or damaged.
     """
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = last_checkpoint_of(path)
-    content = load_checkpoint(path)
+    path = find_checkpoint(checkpoint)
+    content = tokenizer_json_in(load_checkpoint(path))
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"device must be cpu{', or cuda' * torch.cuda.is_available()}, got {device}")
-    if not prompt:
-        raise UserError("prompt must have at least one character, got none")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"prompt must be valid UTF-8, got {prompt!r}") from error
-    tokenizer = restored(tokenizer_json_in(content))
-    begun = tokenizer.encode([prompt])[0].tolist()
-    if not begun:
-        raise UserError(f"prompt must have at least one token, {prompt!r} has none")
+    tokenizer = byte_tokenizer() if content is None else tokenizer_from(content)
+    begin = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if not begin:
+        raise UserError(f"prompt must have at least one token, got {prompt!r}")
     module = LanguageModel.load_from_checkpoint(path, map_location=device, weights_only=True).eval()
     model = module.transformer
-    tokens = torch.tensor([begun], device=device)
+    half = module.hparams["context_length"] // 2
     try:
-        if block_size is None:
-            half = module.hparams["context_length"] // 2
-            model.block_size = [attention.block_size or half for attention in model.attentions]
-        else:
-            model.block_size = block_size or None
+        default = [attention.block_size or half for attention in model.attentions]
+        model.block_size = default if block_size is None else block_size or None
         stream = model.stream(
-            tokens,
+            torch.tensor([begin], device=device),
             max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -77,16 +70,13 @@ def sample(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    decoder = tokenizer.decoder()
-    for token in begun:
-        decoder.add(token)
     print(prompt, end="", flush=True)
     try:
-        for token in stream:
-            print(decoder.add(int(token)), end="", flush=True)
+        for text in islice(decode(tokenizer, chain(begin, map(int, stream))), len(begin), None):
+            print(text, end="", flush=True)
     except KeyboardInterrupt:
         pass  # enough text
-    print(decoder.end())
+    print()
 
 
 def main(args: list[str] | None = None) -> None:

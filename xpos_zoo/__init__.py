@@ -1,8 +1,9 @@
 """xPos attention for PyTorch: exact at any length, in any precision, compiled or not."""
 
 from xpos_zoo.attention import MultiHeadAttention
-from xpos_zoo.bias import DistanceBias, LogNScaling, SoftTail
+from xpos_zoo.bias import DistanceBias, LogNScaling, ScaleInvariant, SoftTail
 from xpos_zoo.cache import KeyValueCache
+from xpos_zoo.pretrained import TransformerConfig
 from xpos_zoo.rotary import (
     PositionModule,
     RotaryEmbedding,
@@ -22,8 +23,10 @@ __all__ = [
     "MultiHeadAttention",
     "PositionModule",
     "RotaryEmbedding",
+    "ScaleInvariant",
     "SoftTail",
     "Transformer",
+    "TransformerConfig",
     "apply_rotary_pos_emb",
     "duplicate_interleave",
     "fixed_pos_embedding",

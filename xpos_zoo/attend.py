@@ -1,8 +1,8 @@
 """Attention by a plan: chunks of queries on windows of keys.
 
-Axes: b batch, n queries, m keys, h heads, g key-value heads (h is a multiple of g), r = h/g, d head dimension, j blocks
-or parts, w tokens in a block, p keys in a part, s slots of a cache. Heads stand behind the sequence, as projections
-leave them, so that blocks are views and nothing is copied to bring attention's output back.
+Axes: b batch, n queries, m keys, h heads, g key-value heads, r = h/g, d head dimension, j blocks or parts, w tokens in
+a block, p keys in a part, s slots of a cache. Heads stand behind the sequence, as projections leave them, so that
+blocks are views and attention's output is not copied.
 """
 
 from contextlib import nullcontext
@@ -12,13 +12,13 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
 from xpos_zoo.cache import LayerCache
-from xpos_zoo.plan import Pattern, Plan, Window, chunks, known
+from xpos_zoo.plan import Pattern, Plan, Window, block_count, chunks, known
 from xpos_zoo.rotary import at_least_float32
 
-PARTS_AT_ONCE = 64  # whose keys are converted at a time where no kernel multiplies halves into float32
+PARTS_AT_ONCE = 64  # whose keys are converted to float32 at a time: never the whole cache
 
 
 def attend(
@@ -34,20 +34,21 @@ def attend(
 
     Args:
         plan: made for these shapes.
-        pattern: the layer's own, which the plan was made for; its bias may have parameters of the layer.
-        cache: the layer's; they are appended to it, and attend to all that it holds, too. Not to be differentiated
-            then. Blocks are not written at once: see `LayerCache.commit`.
+        pattern: the layer's own; its bias may have parameters of the layer.
+        cache: the layer's; k and v are appended to it (blocks await `commit`), and q attends to all that it holds.
     """
-    rotated = pattern.positions.rotated
-    if cache is not None and q.numel() == 0:
-        return q
-    if cache is not None or plan.blocks is None:  # blocks without a cache are rotated each in two ways
-        k = rotated(k, plan.k_table, inverse=True)
-    if plan.blocks is not None:
-        return attend_blocks(q, k, v, plan, pattern, cache, dropout_p)
+    rotated, blocks = pattern.positions.rotated, len(plan.windows) > 1
     if cache is not None:
-        assert plan.writing is not None
-        cache.write(k, v, plan.writing)
+        if q.numel() == 0:
+            return q
+        assert plan.slots is not None
+        cache.write(rotated(k, plan.slots.table, inverse=True), v, plan.slots)
+    if blocks:
+        return attend_blocks(q, k, v, plan, pattern, cache, dropout_p)
+    if cache is None:
+        k = rotated(k, plan.k_table, inverse=True)
+    else:
+        cache.commit()
         s = plan.windows[0].k_at.shape[-1]
         k, v = (rearrange(t[:, :, :s], "b g s d -> b s g d") for t in (cache.k, cache.v))
         if q.shape[1] == 1:
@@ -59,35 +60,25 @@ def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, pattern: Pattern, cache: LayerCache | None, dropout_p: float
 ) -> Tensor:
     """Blockwise causal attention (BCA; Sun et al. 2022, section 3.2): linear in length, every position block-local."""
-    assert plan.blocks is not None
-    (j, w), n, layout, rotated = plan.blocks.shape[-2:], q.shape[1], plan.layout, pattern.positions.rotated
-    if cache is None or layout is None:
-        q, k, v = (pad(t, (0, 0, 0, 0, 0, j * w - n)) for t in (q, k, v))
+    assert pattern.block_size is not None
+    w, n, slots, rotated = pattern.block_size, q.shape[1], plan.slots, pattern.positions.rotated
+    if cache is None or slots is None or slots.places is None:
+        q, k, v = (pad(t, (0, 0, 0, 0, 0, block_count(n, w, False) * w - n)) for t in (q, k, v))
     else:
-        assert plan.writing is not None
-        cache.write(k, v, plan.writing, later=True)
-        k, v = (
-            gathered(torch.cat((rearrange(kept, "b g s d -> b s g d"), new), dim=1), layout.keys)
-            for kept, new in ((cache.k, k), (cache.v, v))
-        )
-        q = gathered(q, layout.queries)
+        old_k, old_v = (rearrange(t, "b g s d -> b s g d") for t in (cache.k, cache.v))
+        old_k = rotated(old_k, slots.restore, inverse=True)
+        k, v = (gathered(torch.cat(t, dim=1), slots.places) for t in ((old_k, k), (old_v, v)))
+        q = gathered(q, (slots.places - cache.slots).clamp(min=0))
     q, k, v = (rearrange(t, "b (j w) h d -> b j w h d", w=w) for t in (q, k, v))
-    q = rotated(q, plan.q_table)
-    before = k
-    if cache is None and plan.k_table is not None:
+    q, before = rotated(q, plan.q_table), k
+    if plan.k_table is not None:
         before, k = (rotated(k, plan.k_table[:, part], inverse=True) for part in (slice(0, w), slice(-w, None)))
-
-    def first(own: Tensor) -> Tensor:  # and the block before it, if there is one
-        return rearrange(own[:, : own.shape[1] - j + 1], "b j w g d -> b (j w) g d")
-
-    def rest(before: Tensor, own: Tensor) -> Tensor:
-        return rearrange(torch.cat((before[:, -j:-1], own[:, 1 - j :]), dim=2), "b j w g d -> (b j) w g d")
-
     run = partial(attend_window, plan=plan, pattern=pattern, dropout_p=dropout_p)
-    attended = run(rearrange(q[:, 1:], "b j w h d -> (b j) w h d"), rest(before, k), rest(v, v), plan.windows[1])
-    attended = rearrange(attended, "(b j) w h d -> b (j w) h d", j=j - 1)
-    attended = torch.cat((run(q[:, 0], first(k), first(v), plan.windows[0]), attended), dim=1)
-    return attended[:, :n] if layout is None else gathered(attended, layout.asked)
+    seen = (torch.cat((t[:, :-1], own[:, 1:]), dim=2) for t, own in ((before, k), (v, v)))
+    rest = (rearrange(t, "b j w h d -> (b j) w h d") for t in (q[:, 1:], *seen))
+    attended = rearrange(run(*rest, window=plan.windows[1]), "(b j) w h d -> b (j w) h d", j=q.shape[1] - 1)
+    attended = torch.cat((run(q[:, 0], k[:, 0], v[:, 0], plan.windows[0]), attended), dim=1)
+    return attended[:, :n] if slots is None or slots.asked is None else gathered(attended, slots.asked)
 
 
 def gathered(t: Tensor, index: Tensor) -> Tensor:
@@ -100,8 +91,7 @@ def attend_window(
 ) -> Tensor:
     """Attention of rotated q (b, n, h, d) to what the window shows of k, v (b, m, g, d), a chunk of queries at a time.
 
-    Each chunk measures positions from its own middle, if one origin for all would let factors overflow: those of far
-    keys then vanish as their scores do.
+    With shifts, each chunk measures positions from its own middle: factors of far keys vanish as their scores do.
     """
     n, m = q.shape[1], k.shape[1]
     outputs = []
@@ -111,27 +101,32 @@ def attend_window(
         seen = k[:, keys]
         if window.shifts is not None:
             seen = shifted(seen, window.shifts[i], plan.part, pattern)
-        mask = window.mask
+        mask, gain = window.mask, window.gain
         if window.masked and mask is None:
-            mask = window.logits(rows, keys, pattern, q.dtype)
-        outputs.append(softmax_attention(q[:, rows], seen, v[:, keys], mask, dropout_p))
+            mask, gain = window.logits_by_distance(rows, keys, pattern, q.dtype)
+        outputs.append(softmax_attention(q[:, rows], seen, v[:, keys], mask, gain, dropout_p))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def shifted(k: Tensor, table: Tensor, p: int, pattern: Pattern) -> Tensor:
-    """Keys (b, m, g, d), rotated relative to the starts of their parts of p, rotated on by a factor for each part."""
+    """Keys (b, m, g, d), rotated relative to the starts of their parts of p keys, rotated on by a table of parts."""
     m = k.shape[1]
     k = k if known(m % p == 0) else pad(k, (0, 0, 0, 0, 0, -m % p))
     parts = rearrange(k, "b (j p) g d -> b j p g d", p=p)
-    turned = pattern.positions.rotated(parts, table[..., : parts.shape[1], :, :, :], inverse=True)
-    return rearrange(turned, "b j p g d -> b (j p) g d")[:, :m]
+    parts = pattern.positions.rotated(parts, table[..., : parts.shape[1], :, :, :], inverse=True)
+    return rearrange(parts, "b j p g d -> b (j p) g d")[:, :m]
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gain: Tensor | None = None, dropout_p: float = 0.0
+) -> Tensor:
     """Softmax attention of q (b, n, h, d) to k, v (b, m, g, d): (b, n, h, d).
 
-    The mask is added to the logits. Without one it is causal, and the last query sees the last key.
+    Scaled scores are multiplied by the gain, and the mask is added. Without one it is causal, and the last query sees
+    the last key.
     """
+    if gain is not None and mask is not None:
+        return gained_attention(q, k, v, mask, gain, dropout_p)
     q, k, v = (rearrange(t, "b n h d -> b h n d") for t in (q, k, v))
     cuda, grouped = q.device.type == "cuda", k.shape[1] != q.shape[1]
     if mask is None and q.shape[2] != k.shape[2]:
@@ -153,26 +148,38 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop
     return rearrange(out, "b h n d -> b n h d")
 
 
+def gained_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, gain: Tensor, dropout_p: float) -> Tensor:
+    """As `softmax_attention`, in plain products: no fused kernel multiplies scores."""
+    g, r, dtype = k.shape[2], q.shape[2] // k.shape[2], at_least_float32(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        k, v = (rearrange(t, "b m g d -> b g m d") for t in (k, v))
+        q = rearrange(q, "b n (g r) d -> b g (r n) d", g=g)
+        scores = rearrange(q.to(dtype) @ k.to(dtype).mT, "b g (r n) m -> b (g r) n m", r=r)
+        weights = (scores * (gain / q.shape[-1] ** 0.5) + mask).softmax(-1).to(v.dtype)
+        weights = rearrange(dropout(weights, dropout_p), "b (g r) n m -> b g (r n) m", g=g)
+        return rearrange(weights @ v, "b g (r n) d -> b n (g r) d", r=r)
+
+
 def attend_parts(q: Tensor, k: Tensor, v: Tensor, plan: Plan, pattern: Pattern) -> Tensor:
     """One query a row (b, 1, h, d), not yet rotated, in a version for each part, on slots k, v (b, s, g, d)."""
     g, window = k.shape[2], plan.windows[0]
     parts = 1 if plan.q_table is None else plan.q_table.shape[2]
     versions = q if plan.q_table is None else pattern.positions.rotated(q, plan.q_table)
-    mask = window.logits(slice(None), slice(None), pattern, q.dtype) if window.mask is None else window.mask
+    mask, gain = window.mask, window.gain
+    if mask is None:
+        mask, gain = window.logits_by_distance(slice(None), slice(None), pattern, q.dtype)
     with torch.autocast(q.device.type, enabled=False):  # it would round the scores
         versions = rearrange(versions, "b j (g r) d -> b g j r d", g=g)
         scores = products(versions, rearrange(k, "b (j p) g d -> b g j p d", j=parts)) / q.shape[-1] ** 0.5
         scores = rearrange(scores, "b g j r p -> b (g r) 1 (j p)")
+        scores = scores if gain is None else scores * gain
         weights = rearrange((scores + mask).softmax(-1).to(q.dtype), "b (g r) 1 s -> b g r s", g=g)
         attended = weights @ rearrange(v, "b s g d -> b g s d")
     return rearrange(attended, "b g r d -> b 1 (g r) d")
 
 
 def products(versions: Tensor, keys: Tensor) -> Tensor:
-    """Products of queries (b, g, j, r, d) and keys (b, g, j, p, d), (b, g, j, r, p), in float32 at least.
-
-    Keys in half precision are never copied to float32 as a whole.
-    """
+    """Products of queries (b, g, j, r, d) and keys (b, g, j, p, d), (b, g, j, r, p), in float32 at least."""
     dtype = at_least_float32(keys.dtype)
     if keys.dtype == dtype:
         return versions @ keys.mT

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from xpos_zoo.attend import attend
 from xpos_zoo.bias import DistanceBias, LogNScaling
-from xpos_zoo.cache import KeyValueCache, LayerCache, part_size
-from xpos_zoo.checks import as_size, require_integers, require_sizes
-from xpos_zoo.plan import Pattern, Plan, Tokens, make_plan, precision
+from xpos_zoo.cache import KeyValueCache, LayerCache
+from xpos_zoo.checks import as_integer, require_integers, require_sizes
+from xpos_zoo.plan import Pattern, Plan, Tokens, make_plan
 from xpos_zoo.rotary import PositionModule
 from xpos_zoo.xpos import XPOS
 
@@ -35,15 +35,12 @@ class MultiHeadAttention(nn.Module):
         dropout: probability of dropping an attention weight in training.
 
     Attributes that may be set at any time, on a trained model too:
-        block_size: as above.
+        block_size, positions (a module): as above.
         query_scaling: None, or a `LogNScaling` of queries that see more keys than in training.
-        distance_bias: None, or a `DistanceBias` such as `SoftTail` for keys farther away than any in training. A module
-            with parameters is a submodule, and trained with the others.
+        distance_bias: None, or a `DistanceBias` such as `SoftTail`; a module's parameters are trained with the others.
+            Attention is then masked, 1024 queries at a time; training keeps all masks.
 
-    With a bias, attention is masked instead of causal, 1024 queries at a time; training keeps all masks.
-
-    Raises:
-        ValueError: for a size that is not positive or does not divide as said.
+    ValueError if a size is not positive or does not divide as said.
     """
 
     block_size: int | None
@@ -73,7 +70,7 @@ class MultiHeadAttention(nn.Module):
                     f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}; or give head_dim"
                 )
             head_dim = embed_dim // num_heads
-        head_dim = as_size("head_dim", head_dim, "even and above 0", even=True)
+        head_dim = as_integer("head_dim", head_dim, allowed="even and above 0", even=True)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.embed_dim = embed_dim
@@ -94,7 +91,7 @@ class MultiHeadAttention(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "block_size" and value is not None:
-            value = as_size("block_size", value, "above 0 and an integer, or None for dense attention")
+            value = as_integer("block_size", value, allowed="above 0 and an integer, or None for dense attention")
         if name == "positions" and (not isinstance(value, PositionModule) or len(value.rates) != self.head_dim // 2):
             raise ValueError(f"positions must give a PositionModule with a rate for each pair, got {value}")
         if name == "query_scaling" and not (value is None or isinstance(value, LogNScaling)):
@@ -107,55 +104,15 @@ class MultiHeadAttention(nn.Module):
         super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        return (
-            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, block_size={self.block_size}, query_scaling={self.query_scaling}, "
-            f"distance_bias={self.distance_bias}"
-        )
+        names = "embed_dim", "num_heads", "num_kv_heads", "head_dim", "block_size", "query_scaling", "distance_bias"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    def make_cache(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> KeyValueCache:
-        """An empty cache for `forward`, of the attention pattern that `block_size` asks for now.
-
-        Args:
-            batch_size: rows.
-            max_length: tokens a row that dense attention has room for. Blockwise attention needs none: it keeps two
-                blocks, for ever.
-            dtype, device: by default those of the weights; under autocast its dtype.
-
-        Raises:
-            ValueError: a size is not positive, or max_length is missing for dense attention.
-        """
-        return KeyValueCache([self.layer_cache(batch_size, max_length, dtype, device)], max_length)
-
-    def layer_cache(
-        self, batch_size: int, max_length: int | None, dtype: torch.dtype | None, device: torch.device | None
-    ) -> LayerCache:
-        """This layer's part of a `KeyValueCache`; arguments as for `make_cache`."""
-        device = self.k_proj.weight.device if device is None else device
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else self.k_proj.weight.dtype
-        return LayerCache(
-            batch_size,
-            self.num_kv_heads,
-            self.head_dim,
-            self.positions,
-            max_length=max_length,
-            block_size=self.block_size,
-            dtype=dtype,
-            device=device,
-        )
+    def make_cache(self, batch_size: int, max_length: int | None = None, **options: Any) -> KeyValueCache:
+        """An empty cache for `forward`, for the `block_size` of now; arguments as for `KeyValueCache`."""
+        return KeyValueCache([self], batch_size, max_length, **options)
 
     @property
     def pattern(self) -> Pattern:
-        """What layers that attend alike have in common."""
         return Pattern(self.positions, self.block_size, self.query_scaling, self.distance_bias)
 
     def forward(
@@ -176,105 +133,70 @@ class MultiHeadAttention(nn.Module):
                 right, which is not cached. Rows go on from their own ends, each as it would alone. (Without a cache,
                 causal attention never looks at padding on the right.)
             document_ids: without a cache, which document each token belongs to, (b, n), integers: attention stays
-                within documents. Only differences of positions count, so they need not restart. The blocks of blockwise
-                attention are counted from the start of the row.
-            plan: of a model of many layers, which has checked its arguments and holds lengths and document_ids; the
-                cache is then this layer's part of the model's, and whoever made the plan advances that.
+                within documents. Blocks are counted from the start of the row.
+            plan: of a model, which has checked its arguments and holds lengths and document_ids; the cache is then this
+                layer's part of the model's, and the model advances it.
 
-        Raises:
-            ValueError: an argument has another shape, a dtype that the weights or the cache do not fit, or does not go
-                with another; the cache is full (in a compiled graph a RuntimeError, on CUDA a failed assertion of the
-                device, which ends its use).
+        ValueError if an argument has another shape, a dtype that the weights or the cache do not fit, or does not go
+        with another, or the cache is full (in a compiled graph a RuntimeError, on CUDA a failed assertion of the
+        device, which ends its use).
         """
-        if plan is not None:
-            return self._attend(x, plan, cache)  # type: ignore[arg-type]
-        if cache is not None and not isinstance(cache, KeyValueCache):
-            raise ValueError(f"cache must be one of make_cache, got {type(cache).__name__}")
-        self._check(x)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            plans = plan_layers([self], x, cache, lengths, document_ids)
-            output = self._attend(x, plans[0], None if cache is None else cache[0])
-            if cache is not None:
-                cache.advance(x.shape[1], lengths)
-        return output
-
-    def _attend(self, x: Tensor, plan: Plan, cache: LayerCache | None) -> Tensor:
-        pattern = self.pattern
+        if plan is None:
+            if cache is not None and not isinstance(cache, KeyValueCache):
+                raise ValueError(f"cache must be one of make_cache, got {type(cache).__name__}")
+            if x.ndim != 3 or x.shape[-1] != self.embed_dim:
+                raise ValueError(
+                    f"x must have shape (batch, seq_len, embed_dim={self.embed_dim}), got {tuple(x.shape)}"
+                )
+            dtype = self.q_proj.weight.dtype
+            if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+                raise ValueError(f"x must have the weights' dtype {dtype}, or run under autocast, got {x.dtype}")
+            with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+                (plan,) = plan_layers([self], x, cache, lengths, document_ids)
+                output = self.forward(x, None if cache is None else cache[0], plan=plan)
+                if cache is not None:
+                    cache.advance(x.shape[1], lengths)
+            return output
+        assert not isinstance(cache, KeyValueCache)
         q = rearrange(self.q_proj(x), "b n (h d) -> b n h d", d=self.head_dim)
-        key = (*pattern.key, precision(q.dtype))
-        if key != plan.key:
-            raise ValueError(f"plan must be made for {key[1:]} and these rates, got one for {plan.key[1:]}")
         k = rearrange(self.k_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
         v = rearrange(self.v_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
+        pattern = self.pattern
+        if (key := pattern.plan_key(q.dtype)) != plan.key:
+            raise ValueError(f"plan must be made for {key[1:]} and these rates, got one for {plan.key[1:]}")
         if cache is not None and k.dtype != cache.k.dtype:
             raise ValueError(f"cache must hold the block's dtype {k.dtype}, got {cache.k.dtype}")
         attended = attend(q, k, v, plan, pattern, cache, self.dropout if self.training else 0.0)
         return self.out_proj(rearrange(attended, "b n h d -> b n (h d)"))
 
-    def _check(self, x: Tensor) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.embed_dim:
-            raise ValueError(f"x must have shape (batch, seq_len, embed_dim={self.embed_dim}), got {tuple(x.shape)}")
-        weight = self.q_proj.weight
-        if x.dtype != weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise ValueError(f"x must have the weights' dtype {weight.dtype}, or run under autocast, got {x.dtype}")
-
 
 def plan_layers(
-    layers: list[MultiHeadAttention],
-    x: Tensor,
-    cache: KeyValueCache | None,
-    lengths: Tensor | None,
-    document_ids: Tensor | None,
+    layers: list[MultiHeadAttention], x: Tensor, cache: KeyValueCache | None, lengths: Tensor | None, ids: Tensor | None
 ) -> list[Plan]:
-    """A plan for each layer, one and the same for those that attend alike, for inputs like x (b, n, embed_dim).
-
-    Raises:
-        ValueError: as `MultiHeadAttention.forward`, for arguments that do not fit the layers or each other.
-    """
+    """A plan for each layer, one for those that attend alike; checks arguments as `MultiHeadAttention.forward` says."""
     b, n, _ = x.shape
-    if document_ids is not None:
-        require_integers("document_ids", document_ids, x.shape[:2])
+    if ids is not None:
+        require_integers("document_ids", ids, x.shape[:2])
         if cache is not None:
             raise ValueError("document_ids must be None with a cache: each row of a cache is one document")
         if any(layer.query_scaling is not None for layer in layers):
             raise ValueError("document_ids must be None with query_scaling, which counts the keys of a whole row")
-    if cache is None and lengths is not None:
-        raise ValueError("lengths must be None without a cache: causal attention never sees right padding")
-    if cache is not None:
-        check_cache(layers, cache, b)
     known = torch.amp.is_autocast_available(x.device.type)  # the meta device is not
     autocast = known and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    tokens = Tokens(
-        b,
-        n,
-        torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,
-        x.device,
-        length=None if cache is None else cache.length,
-        count=lengths,
-        most=None if cache is None else cache.admit(n, lengths),
-        document_ids=document_ids,
-    )
-    plans: list[Plan] = []
-    for i, layer in enumerate(layers):
-        pattern = layer.pattern
-        made = next((plan for plan in plans if plan.key[:-1] == pattern.key), None)
-        plans.append(made or make_plan(pattern, tokens, None if cache is None else cache[i]))
-    return plans
-
-
-def check_cache(layers: list[MultiHeadAttention], cache: KeyValueCache, batch_size: int) -> None:
-    if len(cache.layers) != len(layers):
-        raise ValueError(f"cache must have {len(layers)} layers, got {len(cache.layers)}")
-    for layer, own in zip(layers, cache.layers, strict=True):
-        assert isinstance(own, LayerCache)
-        if own.block_size != layer.block_size:
-            raise ValueError(f"cache must be made for block_size={layer.block_size}, got one for {own.block_size}")
-        parts = min(part_size(layer.positions, layer.block_size), own.slots)
-        if own.part_size != parts:
-            raise ValueError(f"cache must have the parts of {parts} keys of these positions, got {own.part_size}")
-        kept = own.k.shape
-        if (kept[0], kept[1], kept[3]) != (batch_size, layer.num_kv_heads, layer.head_dim):
-            raise ValueError(
-                f"cache must have batch size {batch_size}, {layer.num_kv_heads} heads and head_dim {layer.head_dim}, "
-                f"got {kept[0]}, {kept[1]} and {kept[3]}"
-            )
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if cache is not None:
+        if len(cache.layers) != len(layers):
+            raise ValueError(f"cache must have {len(layers)} layers, got {len(cache.layers)}")
+        for i, layer in enumerate(layers):
+            cache[i].check(layer, b)
+        tokens = Tokens(b, n, dtype, x.device, cache.length, lengths, cache.admit(n, lengths))
+    elif lengths is None:
+        tokens = Tokens(b, n, dtype, x.device, document_ids=ids)
+    else:
+        raise ValueError("lengths must be None without a cache: causal attention never sees right padding")
+    plans: dict[Any, Plan] = {}
+    patterns = [layer.pattern for layer in layers]
+    for i, pattern in enumerate(patterns):
+        key = pattern.plan_key(dtype)
+        plans[key] = plans.get(key) or make_plan(pattern, tokens, None if cache is None else cache[i])
+    return [plans[pattern.plan_key(dtype)] for pattern in patterns]

@@ -1,4 +1,4 @@
-"""What changes attention logits besides q and k: a bias by distance, a factor on queries by how many keys they see.
+"""What changes attention logits besides q and k: gain and bias by distance, a factor on queries by the keys they see.
 
 Axes: b batch, h heads, n queries, m keys.
 """
@@ -12,19 +12,19 @@ from torch import Tensor
 
 
 class DistanceBias(Protocol):
-    """A function of how far a key lies before a query, added to their scaled score before the softmax."""
+    """A function of how far a key lies before a query, added to their scaled score before the softmax.
 
-    def __call__(self, distance: Tensor) -> Tensor:
-        """The bias, float32, broadcasting against (b, h, n, m); minus infinity hides a key.
+    `distance`, query's position minus key's, holds integers (b, 1, n, m), at least 0 wherever the query may look. The
+    bias is float32 and broadcasts against (b, h, n, m); minus infinity hides a key.
 
-        Args:
-            distance: position of the query minus that of the key, integers (..., n, m) with an axis of 1 for the heads:
-                0 or above wherever the query may look. Elsewhere it may be negative, and the bias does not count.
-        """
-        ...
+    One that has a method `gain(distance)`, too, of the same shapes, has the scaled score multiplied by it before: at
+    distance t a score S becomes gain_t S + bias_t.
+    """
+
+    def __call__(self, distance: Tensor) -> Tensor: ...
 
 
-def check_limits(name: str, value: float, trained_length: int) -> None:
+def check(name: str, value: float, trained_length: int) -> None:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be 0 or above and finite, got {value}")
     if not trained_length > 0:
@@ -35,23 +35,42 @@ def check_limits(name: str, value: float, trained_length: int) -> None:
 class SoftTail:
     """Let the weight of keys beyond the trained length fall off, at evaluation time and without any training.
 
-    At distance m > trained_length, -power * ln(m / trained_length) is added to the logit, at others nothing: weights
-    then fall as m^-power, and for a power above 1 the sheer number of far keys cannot drown the near ones (a convergent
-    tail, as in KERPLE's logarithmic kernel, Chi et al. 2022, arXiv 2205.09921).
-
-    Raises:
-        ValueError: power is negative or infinite, or trained_length is not positive.
+    At distance m > trained_length, -power * ln(m / trained_length) is added to the logit: weights then fall as
+    m^-power, and for a power above 1 the sheer number of far keys cannot drown the near ones (a convergent tail, as in
+    KERPLE's logarithmic kernel, Chi et al. 2022, arXiv 2205.09921). ValueError if power is negative or infinite, or
+    trained_length is not positive.
     """
 
     power: float
     trained_length: int
 
     def __post_init__(self) -> None:
-        check_limits("power", self.power, self.trained_length)
+        check("power", self.power, self.trained_length)
 
     def __call__(self, distance: Tensor) -> Tensor:
-        """The bias at each distance, float32, in the shape of `distance`; 0 at negative ones."""
         return -self.power * torch.log((distance.float() / self.trained_length).clamp(min=1))
+
+
+@dataclass(frozen=True)
+class ScaleInvariant:
+    """Logits whose share of far keys does not grow with their number, in training and after (arXiv 2505.17083).
+
+    At distance t a score S becomes a_t S + 1 - a_t^2, where a_t^2 = 2 ln(t / tau + 1) + 1: the keys between t and 2 t
+    together weigh the same for every t above tau, and one among them can still be told from all others. ValueError if
+    tau is not positive and finite.
+    """
+
+    tau: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"tau must be above 0 and finite, got {self.tau}")
+
+    def gain(self, distance: Tensor) -> Tensor:
+        return (2 * torch.log1p(distance.clamp(min=0).float() / self.tau) + 1).sqrt()
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        return -2 * torch.log1p(distance.clamp(min=0).float() / self.tau)
 
 
 @dataclass(frozen=True)
@@ -59,18 +78,15 @@ class LogNScaling:
     """Sharpen queries that see more keys than in training, at evaluation time and without any training.
 
     A query that sees n keys is multiplied by 1 + coefficient * ln(n / trained_length) if n is above trained_length, so
-    that the sheer number of far keys does not drown the near ones (log-n scaling; Llama 4 uses 0.1).
-
-    Raises:
-        ValueError: coefficient is negative or infinite, or trained_length is not positive.
+    that the sheer number of far keys does not drown the near ones (log-n scaling; Llama 4 uses 0.1). ValueError if
+    coefficient is negative or infinite, or trained_length is not positive.
     """
 
     coefficient: float
     trained_length: int
 
     def __post_init__(self) -> None:
-        check_limits("coefficient", self.coefficient, self.trained_length)
+        check("coefficient", self.coefficient, self.trained_length)
 
     def __call__(self, visible_keys: Tensor, dtype: torch.dtype) -> Tensor:
-        """The factor of queries that see so many keys, in `dtype`, in the shape of `visible_keys`."""
         return 1 + self.coefficient * torch.log((visible_keys.to(dtype) / self.trained_length).clamp(min=1))

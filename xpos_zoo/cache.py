@@ -1,50 +1,71 @@
 """Keys and values of the tokens seen so far.
 
 A layer's slots are cut into parts. A key is rotated and scaled relative to the start of its own part, written once, and
-right for ever. To look at it, either the query comes in one version a part (one token: decode), or each part's keys are
-rotated on by where their part starts (many tokens: prefill). No factor grows with the sequence either way.
+never changed. To be attended to, either the query comes in one version for each part (one token: decode), or the keys
+of each part are rotated by where it starts (many tokens: prefill). So no factor grows with the sequence.
 
 Axes: b batch, g key-value heads, n new tokens, s slots, d head dimension.
 """
 
 import copy
-from collections.abc import Iterable
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xpos_zoo.checks import as_integer, require_integers, require_sizes
+from xpos_zoo.checks import as_integer, require_integers
 from xpos_zoo.rotary import PositionModule
 
 
-def part_size(positions: PositionModule, multiple: int | None = None) -> int:
-    """How many keys share an origin: so many that none of their factors is above 2.
+def part_size(positions: PositionModule, block_size: int | None = None, most: int = sys.maxsize) -> int:
+    """How many keys share an origin: so many that no factor is above 2, for any cache may become float16.
 
-    So even keys in float16, which any cache may become, keep their size. A divisor of `multiple`, or a power of two.
+    A divisor of block_size, or a power of two that is at most `most`.
     """
     limit = max(1, positions.max_span(torch.float16) // 8)
-    if multiple is not None:
-        return next(p for p in range(min(limit, multiple), 0, -1) if multiple % p == 0)
-    return 2 ** (limit.bit_length() - 1)
+    if block_size is None:
+        return min(2 ** (limit.bit_length() - 1), most)
+    return next(p for p in range(min(limit, block_size), 0, -1) if block_size % p == 0)
+
+
+def layout(attention: Any, most: int) -> dict[str, int | None]:
+    """What a cache for `most` tokens has in common with the attention that it is for."""
+    own = {name: getattr(attention, name) for name in ("num_kv_heads", "head_dim", "block_size")}
+    return own | {"part_size": part_size(attention.positions, attention.block_size, most)}
 
 
 @dataclass(frozen=True, eq=False)
-class Writing:
-    """Where the new keys and values go in a cache: token (b, n) of each row, all if None, to slot (b, n) where kept."""
+class Slots:
+    """Where in a layer's cache new keys and values go, and where blocks find theirs.
+
+    Attributes:
+        row, slot: of each row, the slots of its new tokens, (b, n).
+        table: rotates new keys relative to the starts of their parts; None if nothing is rotated.
+        token: which of the new tokens go there, (b, n); None for all.
+        kept: whether they count, (b, n); None if all do.
+        places: which slot or, counted on from the slots, which new token stands at each place of the blocks.
+        asked: the places of the new tokens, (b, n).
+        restore: the table that takes back the rotation of the keys in all slots.
+    """
 
     row: Tensor
     slot: Tensor
-    token: Tensor | None
-    kept: Tensor | None
+    table: Tensor | None
+    token: Tensor | None = None
+    kept: Tensor | None = None
+    places: Tensor | None = None
+    asked: Tensor | None = None
+    restore: Tensor | None = None
 
 
 class LayerCache(nn.Module):
     """Keys and values of one layer, k and v (b, g, s, d).
 
     Dense, it has a slot for each of `max_length` tokens. Blockwise, it has two blocks of slots: the token at position t
-    is in slot t % slots, and what it overwrites is out of every later query's sight.
+    is in slot t % slots, and overwrites one that no later query sees.
     """
 
     k: Tensor
@@ -52,122 +73,118 @@ class LayerCache(nn.Module):
 
     def __init__(
         self,
+        attention: Any,
         batch_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        positions: PositionModule,
-        *,
-        max_length: int | None = None,
-        block_size: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
+        max_length: int | None,
+        dtype: torch.dtype | None,
+        device: torch.device | None,
     ):
         super().__init__()
-        as_integer("batch_size", batch_size)
-        if max_length is None and block_size is None:
+        if max_length is None and attention.block_size is None:
             raise ValueError("max_length must be given for dense attention, whose cache grows with every token")
-        if max_length is not None:
-            require_sizes(max_length=max_length)
-        dtype = torch.get_default_dtype() if dtype is None else dtype
+        weight = attention.k_proj.weight
+        device = torch.device(weight.device if device is None else device)
+        if dtype is None:
+            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
+        assert dtype is not None
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point one, got {dtype}")
-        if block_size is not None:
-            self.part_size, self.slots = part_size(positions, block_size), 2 * block_size
-        else:
-            assert max_length is not None
-            self.part_size = min(part_size(positions), max_length)
-            self.slots = -(-max_length // self.part_size) * self.part_size
-        self.block_size = block_size
-        # Zeros, for a hidden value times its weight 0 must be 0.
-        for name in ("k", "v"):
-            zeros = torch.zeros(batch_size, num_kv_heads, self.slots, head_dim, dtype=dtype, device=device)
-            self.register_buffer(name, zeros)
-        self._later: tuple[Writing, Tensor, Tensor] | None = None
-
-    def extra_repr(self) -> str:
-        return f"k={tuple(self.k.shape)} {self.k.dtype}, block_size={self.block_size}"
+        self.layout = layout(attention, max_length or sys.maxsize)
+        self.block_size: int | None = attention.block_size
+        self.part_size: int = self.layout["part_size"]  # type: ignore[assignment]
+        whole = -(-(max_length or 0) // self.part_size) * self.part_size
+        self.slots = whole if self.block_size is None else 2 * self.block_size
+        for name in ("k", "v"):  # zeros, for a hidden value times its weight 0 must be 0
+            shape = batch_size, attention.num_kv_heads, self.slots, attention.head_dim
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        self.pending: tuple[Slots, Tensor, Tensor] | None = None
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"part_size": self.part_size, "block_size": self.block_size}
+        return self.layout
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        if state != self.get_extra_state():
-            raise ValueError(f"state_dict must be of a cache with {self.get_extra_state()}, got {state}")
+        if state != self.layout:
+            raise ValueError(f"state_dict must be of a cache with {self.layout}, got {state}")
+
+    def check(self, attention: Any, batch_size: int) -> None:
+        """Raise ValueError unless the cache is for this attention and batch size."""
+        expected = {"batch_size": batch_size} | layout(attention, self.slots)
+        found = {"batch_size": len(self.k)} | self.layout
+        if found != expected:
+            raise ValueError(f"cache must be made for {expected}, got one for {found}")
 
     def used(self, most: int | None) -> int:
         """How many slots to look at if no row has more than `most` tokens, in whole parts; all if that is not known."""
         return self.slots if most is None else min(self.slots, -(-max(most, 1) // self.part_size) * self.part_size)
 
-    def write(self, k: Tensor, v: Tensor, writing: Writing, later: bool = False) -> None:
-        """Write new keys, rotated within their parts, and values (b, n, g, d); `later` means when `commit` is called.
+    def write(self, k: Tensor, v: Tensor, slots: Slots) -> None:
+        """Have `commit` write new keys, rotated within their parts, and values (b, n, g, d).
 
-        What blocks overwrite is in sight until then, for whoever repeats a forward that failed. What dense attention
-        writes is beyond `length`, and in nobody's sight.
+        Blocks commit after the forward: one that failed and is repeated still sees what they overwrite.
         """
-        if writing.token is not None:
-            k, v = k[writing.row, writing.token], v[writing.row, writing.token]
-        if writing.kept is not None:
-            kept = writing.kept[..., None, None]
-            k = torch.where(kept, k, self.k[writing.row, :, writing.slot])
-            v = torch.where(kept, v, self.v[writing.row, :, writing.slot])
-        self._later = (writing, k, v)
-        if not later:
-            self.commit()
+        if slots.token is not None:
+            k, v = k[slots.row, slots.token], v[slots.row, slots.token]
+        if slots.kept is not None:
+            kept = slots.kept[..., None, None]
+            k = torch.where(kept, k, self.k[slots.row, :, slots.slot])
+            v = torch.where(kept, v, self.v[slots.row, :, slots.slot])
+        self.pending = (slots, k, v)
 
     def commit(self) -> None:
-        """Write what was kept for later."""
-        if self._later is not None:
-            writing, k, v = self._later
-            self.k[writing.row, :, writing.slot] = k
-            self.v[writing.row, :, writing.slot] = v
-            self._later = None
-
-    def drop(self) -> None:
-        """Forget what was kept for later."""
-        self._later = None
+        if self.pending is not None:
+            slots, k, v = self.pending
+            self.k[slots.row, :, slots.slot] = k
+            self.v[slots.row, :, slots.slot] = v
+            self.pending = None
 
 
 class KeyValueCache(nn.Module):
     """What `make_cache` gives: a `LayerCache` for each layer. Each row of the batch counts its own tokens.
 
-    It is a module so that it moves, saves and loads like one: `to(device)`, `state_dict`, `load_state_dict`. A forward
-    that raises leaves it as it was.
+    It moves, saves and loads as a module does. A forward that raises leaves it as it was.
 
-    Attributes:
-        layers: the layers' keys and values.
-        length: tokens seen, (b,), int64.
-        max_length: tokens that fit; None if there is no limit.
+    Args:
+        attentions: the attention of each layer.
+        batch_size: rows.
+        max_length: tokens a row that dense attention has room for. Blockwise attention needs none: it keeps two blocks.
+        dtype, device: by default those of the weights; under autocast its dtype.
+
+    `length` counts the tokens seen, (b,), int64. ValueError if a size is not positive, or max_length is missing for
+    dense attention.
     """
 
     length: Tensor
 
-    def __init__(self, layers: Iterable[LayerCache], max_length: int | None = None):
+    def __init__(
+        self,
+        attentions: Sequence[Any],
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ):
         super().__init__()
+        batch_size = as_integer("batch_size", batch_size, 0, "0 or above and an integer")
+        if max_length is not None:
+            max_length = as_integer("max_length", max_length)
+        layers = [LayerCache(attention, batch_size, max_length, dtype, device) for attention in attentions]
         self.layers = nn.ModuleList(layers)
-        dense = any(layer.block_size is None for layer in self.layers)
-        self.max_length = max_length if dense else None
-        k = self[0].k
-        self.register_buffer("length", torch.zeros(len(k), dtype=torch.int64, device=k.device))
+        self.max_length = max_length if any(layer.block_size is None for layer in layers) else None
+        self.register_buffer("length", torch.zeros(batch_size, dtype=torch.int64, device=layers[0].k.device))
 
     def __getitem__(self, i: int) -> LayerCache:
         return self.layers[i]  # type: ignore[return-value]
 
-    def extra_repr(self) -> str:
-        return f"max_length={self.max_length}"
-
     def reset(self) -> None:
-        """Forget all tokens, and whatever they left: what is not a number would spoil even what hides it."""
+        """Forget all tokens, and clear the slots: NaN in one would spoil even what hides it."""
         for buffer in self.buffers():
             buffer.zero_()
 
     def select(self, rows: Tensor) -> "KeyValueCache":
         """A new cache with copies of these rows, in this order: to fork, reorder or drop rows (beam search).
 
-        Args:
-            rows: indices of rows, (new batch size,), integers; a row may come several times.
-
-        Raises:
-            ValueError: rows has another shape or dtype.
+        `rows` are indices, (new batch size,), integers, some perhaps several times; ValueError for anything else.
         """
         if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"rows must be integers (new batch size,), got {rows.dtype} {tuple(rows.shape)}")
@@ -177,13 +194,11 @@ class KeyValueCache(nn.Module):
     def admit(self, n: int, lengths: Tensor | None) -> int | None:
         """The most tokens that a row has with n more, of which `lengths` (b,) count; None in a graph.
 
-        Looks at numbers on the device once, and only if a limit needs it.
-
-        Raises:
-            ValueError: lengths are not between 0 and n, or the tokens do not fit; in a graph a RuntimeError.
+        Looks at numbers on the device once, and only if a limit needs it. ValueError if lengths are not between 0 and
+        n, or the tokens do not fit; in a graph a RuntimeError.
         """
         for layer in self.layers:
-            layer.drop()  # type: ignore[operator]  # of a forward that failed
+            layer.pending = None  # type: ignore[assignment]  # of a forward that failed
         if lengths is not None:
             require_integers("lengths", lengths, self.length.shape)
         total = self.length + (n if lengths is None else lengths)

@@ -1,4 +1,4 @@
-"""What arguments must be, said by the call that got them."""
+"""What integer arguments must be, said by the call that got them."""
 
 import operator
 from typing import Any
@@ -7,33 +7,27 @@ import torch
 from torch import Tensor
 
 
-def as_integer(name: str, value: Any, least: int = 0, said: str | None = None) -> int:
-    """value, a whole number of any type (numpy has its own), as an int; a ValueError if it is none or below `least`."""
-    if isinstance(value, int) and not isinstance(value, bool):  # a compiler's dynamic numbers stay dynamic
-        number = value
-    else:
-        number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
-    if number is None or number < least:
-        raise ValueError(f"{name} must be {said or f'{least} or above and an integer'}, got {value!r}")
-    return number
+def as_integer(
+    name: str, value: Any, least: int = 1, allowed: str = "above 0 and an integer", even: bool = False
+) -> int:
+    """`value`, of any integer type (numpy has its own), as an int; a ValueError if it is not what is `allowed`."""
+    try:
+        number = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least or (even and number % 2):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return number  # type: ignore[return-value]
 
 
-def as_size(name: str, value: Any, said: str = "above 0 and an integer", even: bool = False) -> int:
-    """As `as_integer`, above 0 and, if asked for, even."""
-    number = as_integer(name, value, 1, said)
-    if even and number % 2:
-        raise ValueError(f"{name} must be {said}, got {value!r}")
-    return number
-
-
-def require_sizes(**sizes: int) -> None:
-    """Raise ValueError for the first argument that is not above 0 and an integer."""
+def require_sizes(**sizes: Any) -> None:
+    """Raise ValueError for the first argument that is not an integer above 0."""
     for name, value in sizes.items():
-        as_size(name, value)
+        as_integer(name, value)
 
 
-def require_integers(name: str, value: Tensor, shape: torch.Size) -> None:
-    """Raise ValueError if value is not int32 or int64, or of another shape."""
+def require_integers(name: str, value: Any, shape: torch.Size) -> None:
+    """Raise ValueError if `value` is not an int32 or int64 tensor of this shape."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a tensor of integers, got {value!r}")
     if value.shape != shape or value.dtype not in (torch.int32, torch.int64):

@@ -5,6 +5,7 @@ Axes: b batch, h heads, n queries, m keys, j blocks or parts, w tokens in a bloc
 
 import sys
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from xpos_zoo.bias import DistanceBias, LogNScaling
-from xpos_zoo.cache import LayerCache, Writing, part_size
+from xpos_zoo.cache import LayerCache, Slots, part_size
 from xpos_zoo.rotary import PositionModule, as_table, at_least_float32
 
 QUERY_CHUNK = 1024  # queries at a time where there is a mask: bounds it at 1024 x m
@@ -30,7 +31,7 @@ def sees(
 ) -> Tensor:
     """Who sees whom: whether queries at q_at (..., n) see keys at k_at (..., m), (..., n, m).
 
-    Causally, from `first_seen` on, and only keys of the same document if there are ids. None is at a position below 0.
+    Causally, from `first_seen` on, and only keys of the same document if there are ids; never a position below 0.
     """
     seen = (k_at[..., None, :] <= q_at[..., None]) & (k_at[..., None, :] >= first_seen(q_at, block_size)[..., None])
     return seen if q_ids is None or k_ids is None else seen & (q_ids[..., None] == k_ids[..., None, :])
@@ -38,23 +39,23 @@ def sees(
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """What tells one layer's attention from another's besides its weights: layers alike in this share a plan."""
+    """How a layer attends, apart from its weights."""
 
     positions: PositionModule
     block_size: int | None = None
     query_scaling: LogNScaling | None = None
     distance_bias: DistanceBias | None = None
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What layers that share a plan have equal, without their modules: layers compiled one by one share a graph."""
-        positions = self.positions
+    def plan_key(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """What is equal in layers that share a plan for q and k of `dtype`; bfloat16 and float32 may share one."""
+        # Without modules where that can be, so that layers compiled one by one share a graph.
+        positions, precision = self.positions, dtype if dtype in (torch.float16, torch.float64) else None
         own = positions if hasattr(positions, "distance_bias") else None
-        return positions.rates, positions.interleaved, own, self.block_size, self.query_scaling, self.distance_bias
+        settings = self.block_size, self.query_scaling, self.distance_bias
+        return positions.rates, positions.interleaved, own, *settings, precision
 
     @property
     def biases(self) -> list[DistanceBias]:
-        """Those of the layer and of its position module, if they have one."""
         both = (self.distance_bias, getattr(self.positions, "distance_bias", None))
         return [bias for bias in both if bias is not None]
 
@@ -66,10 +67,10 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a forward is about: b rows of n tokens, and where in their sequences they stand.
+    """The tokens of a forward: b rows of n.
 
     Attributes:
-        length: with a cache, tokens before them, (b,).
+        length: tokens before them, (b,), in a cache; None without.
         count: how many of the n count, (b,), the others being padding; None for all.
         most: the most tokens that a row has with these; None if that is not known before the graph runs.
         document_ids: (b, n) or None.
@@ -85,14 +86,13 @@ class Tokens:
     document_ids: Tensor | None = None
 
     @property
-    def first(self) -> Tensor:
-        """The position of each row's first token, with a cache: (b, 1)."""
-        assert self.length is not None
-        return self.length[:, None]
+    def first(self) -> Tensor | int:
+        """The position of each row's first token, (b, 1), or 0 without a cache."""
+        return 0 if self.length is None else self.length[:, None]
 
     @property
     def positions(self) -> Tensor:
-        """That of each token, with a cache: (b, n)."""
+        """The position of each token, (b, n), or (n,) without a cache."""
         return self.first + torch.arange(self.n, device=self.device)
 
 
@@ -103,53 +103,45 @@ class Window:
     Attributes:
         q_at, k_at: their positions, (..., n) and (..., m), from any origin that `sees` may use.
         q_ids, k_ids: their documents, likewise, or None.
-        masked: whether `logits` say who sees whom; else it is causal, and the last query sees the last key.
-        mask: they, if all queries go at once and no layer has a bias of its own in them.
         shifts: for each chunk of queries, the table (rows, ..., j, 1, 1, i) that brings the keys of each part to the
             chunk's origin; None if they are measured from it already.
+        masked: whether attention takes a mask; else it is causal, and the last query sees the last key.
+        mask, gain: what is added to the logits and, if any pattern asks for that, what they are multiplied by before,
+            if they are the same for all queries and layers.
     """
 
     q_at: Tensor
     k_at: Tensor
     q_ids: Tensor | None = None
     k_ids: Tensor | None = None
+    shifts: tuple[Tensor, ...] | None = None
     masked: bool = True
     mask: Tensor | None = None
-    shifts: tuple[Tensor, ...] | None = None
+    gain: Tensor | None = None
 
-    def logits(self, rows: slice, keys: slice, pattern: Pattern, dtype: torch.dtype) -> Tensor:
-        """What is added to the logits of some queries and keys, (..., n, m): a bias, minus infinity where unseen."""
+    def logits_by_distance(
+        self, rows: slice, keys: slice, pattern: Pattern, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is added to the logits of some queries and keys, (b, h, n, m): a bias, minus infinity where unseen; and
+        what they are multiplied by before, if any."""
         q_at, k_at = self.q_at[..., rows], self.k_at[..., keys]
         q_ids = None if self.q_ids is None else self.q_ids[..., rows]
         k_ids = None if self.k_ids is None else self.k_ids[..., keys]
-        seen = sees(q_at, k_at, pattern.block_size, q_ids, k_ids)
-        distance = q_at[..., None] - k_at[..., None, :]
-        bias = sum((bias(with_heads(distance)) for bias in pattern.biases), torch.zeros((), device=q_at.device))
+        seen, distance = sees(q_at, k_at, pattern.block_size, q_ids, k_ids), q_at[..., None] - k_at[..., None, :]
+        seen, distance = (t[(None,) * (3 - t.ndim)][:, None] for t in (seen, distance))  # (b, 1, n, m)
+        bias = sum((bias(distance) for bias in pattern.biases), torch.zeros((), device=q_at.device))
         # On the CPU it may be more precise than q. CUDA's memory-efficient kernel wants q's dtype, so that there a bias
         # is rounded: one of 10 by up to 0.03 in bfloat16, 0.004 in float16.
         dtype = dtype if q_at.device.type == "cuda" else at_least_float32(dtype)
-        return torch.where(with_heads(seen), bias, -torch.inf).to(dtype)
+        gains = [bias.gain(distance) for bias in pattern.biases if hasattr(bias, "gain")]  # type: ignore[attr-defined]
+        return torch.where(seen, bias, -torch.inf).to(dtype), reduce(torch.mul, gains) if gains else None
 
-
-def with_heads(t: Tensor) -> Tensor:
-    """(b, n, m) or (n, m) to (b, 1, n, m)."""
-    return t[(None,) * (3 - t.ndim)][:, None]
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """Rows laid out in blocks, from the block before the one that each one's first new token falls into.
-
-    Attributes:
-        queries: which new token stands at each place of the blocks, (b, (j w)).
-        keys: which slot of the cache, or, counted on from the slots, which new token stands at each place of these
-            blocks and the one before, (b, ((j + 1) w)).
-        asked: the places of the new tokens, (b, n).
-    """
-
-    queries: Tensor
-    keys: Tensor
-    asked: Tensor
+    def with_mask(self, pattern: Pattern, dtype: torch.dtype, chunk: int) -> "Window":
+        """With mask and gain, if all queries go at once (for all chunks they are n x m) and no layer has its own."""
+        if not self.masked or self.q_at.shape[-1] > chunk or pattern.learned:
+            return self
+        mask, gain = self.logits_by_distance(slice(None), slice(None), pattern, dtype)
+        return replace(self, mask=mask, gain=gain)
 
 
 class Plan:
@@ -158,16 +150,14 @@ class Plan:
     Neither a tuple nor a dataclass: FSDP2's mixed precision casts the tensors in these, and would round the tables.
 
     Args:
-        q_table, k_table: of `PositionModule.table`, (rows, ..., 1, i); None if nothing is rotated. With a cache k_table
-            is for new keys, relative to the starts of their parts.
+        q_table, k_table: for queries and keys, as `make_table` gives them. Keys of a cache are rotated already, but for
+            those in blocks.
         windows: one; or that of the first block, and that of all others, which are batch rows.
         chunk: queries at a time.
         part: keys that share an origin.
-        blocks: positions of the queries if they are cut into blocks, (..., j, w).
-        layout: of blocks from a cache.
-        writing: with a cache.
+        slots: of a cache.
 
-    `key` tells for which layers: it is their pattern's, and the precision.
+    `key` is the pattern's `plan_key`.
     """
 
     key: tuple[Any, ...]
@@ -179,16 +169,14 @@ class Plan:
         windows: tuple[Window, ...],
         chunk: int,
         part: int,
-        blocks: Tensor | None = None,
-        layout: Layout | None = None,
-        writing: Writing | None = None,
+        slots: Slots | None,
     ):
         self.q_table, self.k_table, self.windows = q_table, k_table, windows
-        self.chunk, self.part, self.blocks, self.layout, self.writing = chunk, part, blocks, layout, writing
+        self.chunk, self.part, self.slots = chunk, part, slots
 
 
 def make_plan(pattern: Pattern, tokens: Tokens, cache: LayerCache | None = None) -> Plan:
-    """The plan for those tokens, with the cache of one of the layers if they have one."""
+    """The plan for these tokens, with the cache of one of the layers if they have one."""
     w = pattern.block_size
     if cache is not None and tokens.n == 1:
         plan = plan_token(pattern, tokens, cache)
@@ -196,122 +184,104 @@ def make_plan(pattern: Pattern, tokens: Tokens, cache: LayerCache | None = None)
         plan = plan_blocks(pattern, tokens, w, cache)
     else:  # in up to two blocks, every query sees all before it
         plan = plan_sequence(pattern, tokens, cache)
-    plan.key = (*pattern.key, precision(tokens.dtype))
+    plan.key = pattern.plan_key(tokens.dtype)
     return plan
 
 
 def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) -> Plan:
-    """Queries on all keys before them, their own or those of a cache."""
-    n, positions, ids = tokens.n, pattern.positions, tokens.document_ids
-    at = torch.arange(n, device=tokens.device)
+    """Queries on all keys before them: those that come with them, or a cache's."""
+    n, positions, ids, q_at = tokens.n, pattern.positions, tokens.document_ids, tokens.positions
     masked = bool(pattern.biases) or ids is not None or cache is not None
     if cache is None:
-        q_at, k_at, p, first = at, at, part_size(positions), at[:1] * 0
+        k_at, p = q_at, part_size(positions)
     else:
-        q_at, p, first = tokens.positions, cache.part_size, tokens.first
-        k_at = torch.arange(cache.used(tokens.most), device=tokens.device)
+        k_at, p = torch.arange(cache.used(tokens.most), device=tokens.device), cache.part_size
     if n <= positions.max_span(tokens.dtype) and (cache is None or not positions.decays):  # one origin for all
-        origin = n // 2 if cache is None else 0
-        k_table = table(pattern, q_at - origin, tokens)
-        q_table = scaled(k_table, pattern, q_at)
-        chunk = QUERY_CHUNK if masked else ALL
-        shifts = None
+        k_table = make_table(pattern, q_at - (n // 2 if cache is None else 0), tokens)
+        q_table, shifts, chunk = k_table, None, QUERY_CHUNK if masked else ALL
     else:
-        chunk = chunk_size(pattern, tokens)
+        chunk = min(positions.max_span(tokens.dtype), QUERY_CHUNK)
         masked = masked or not aligned(pattern, tokens)
-        q_table = scaled(table(pattern, at % chunk - chunk // 2, tokens), pattern, q_at)
-        k_table = table(pattern, q_at % p, tokens)
+        q_table = make_table(pattern, torch.arange(n, device=tokens.device) % chunk - chunk // 2, tokens)
+        k_table = make_table(pattern, q_at % p, tokens)
         part_at = torch.arange(0, k_at.shape[-1], p, device=tokens.device)
-        shifts = shift_tables(pattern, tokens, part_at - first, n, chunk)
-    window = make_window(pattern, tokens, Window(q_at, k_at, ids, ids, masked, None, shifts), chunk)
-    return Plan(q_table, k_table, (window,), chunk, p, writing=plan_writing(tokens, cache))
+        shifts = shift_tables(pattern, tokens, part_at - tokens.first, n, chunk)
+    window = Window(q_at, k_at, ids, ids, shifts, masked).with_mask(pattern, tokens.dtype, chunk)
+    slots = None if cache is None else make_slots(tokens, cache, k_table)
+    return Plan(scaled(q_table, pattern, q_at), k_table, (window,), chunk, p, slots)
 
 
 def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | None) -> Plan:
-    """Blocks as batch rows, each on itself and the block before it; the first apart, for it may have none before it."""
-    n, positions, ids = tokens.n, pattern.positions, tokens.document_ids
+    """Blocks as batch rows, each on itself and the block before it; the first apart, for it has none before it.
+
+    From a cache, each row is laid out from the first block that its new tokens see.
+    """
+    n, ids, span = tokens.n, tokens.document_ids, pattern.positions.max_span(tokens.dtype)
     blocks, at = block_count(n, w, cache is not None), torch.arange(2 * w, device=tokens.device)
-    needed = bool(pattern.biases) or ids is not None
-    masked = needed or not aligned(pattern, tokens)
-    one_origin = not positions.decays or (cache is None and 2 * w <= positions.max_span(tokens.dtype))
-    chunk = min(w, QUERY_CHUNK if one_origin else chunk_size(pattern, tokens)) if masked or not one_origin else ALL
-    if cache is None:
-        layout, p = None, part_size(positions, w)
-        first_at, q_at = at[w:], torch.arange(blocks * w, device=tokens.device)
-        k_table = table(pattern, at - w if one_origin else at[:w] % p, tokens)
-    else:
-        p, start = cache.part_size, (tokens.first // w - 1) * w
-        k_at = start + torch.arange((blocks + 1) * w, device=tokens.device)
-        first_at, q_at, layout = k_at[:, : 2 * w], k_at[:, w:], lay_out(tokens, k_at, w, cache)
-        k_table = table(pattern, tokens.positions if one_origin else tokens.positions % p, tokens)
-    q_at = rearrange(q_at, "... (j w) -> ... j w", w=w)
-    if one_origin:
-        q_table = k_table[:, w:] if cache is None and k_table is not None else table(pattern, q_at, tokens)
+    p = part_size(pattern.positions, w)
+    must_mask = bool(pattern.biases) or ids is not None
+    masked = must_mask or not aligned(pattern, tokens)
+    if 2 * w <= span:  # one origin for both blocks
+        chunk = min(w, QUERY_CHUNK) if masked else ALL
+        k_table = make_table(pattern, at - w, tokens)
+        q_table = None if k_table is None else k_table[:, w:]
         first_shifts = shifts = None
     else:
-        q_table = table(pattern, at[:w] % chunk - chunk // 2, tokens)
+        chunk = min(w, span, QUERY_CHUNK)
+        k_table = make_table(pattern, at[:w] % p, tokens)
+        q_table = make_table(pattern, at[:w] % chunk - chunk // 2, tokens)
         part_at = torch.arange(-w, w, p, device=tokens.device)
-        shifts = shift_tables(pattern, tokens, part_at, w, chunk)
-        first_shifts = shifts if cache is not None else shift_tables(pattern, tokens, part_at[w // p :], w, chunk)
+        first_shifts, shifts = (shift_tables(pattern, tokens, each, w, chunk) for each in (part_at[w // p :], part_at))
+    q_at, slots = torch.arange(blocks * w, device=tokens.device), None
+    if cache is not None and tokens.length is not None:
+        start = first_seen(tokens.length[:, None], w)
+        q_at = start + q_at
+        # Places after a row's last token repeat it, for padding may hold anything; their outputs are dropped.
+        token = (q_at - tokens.first).clamp(max=n - 1 if tokens.count is None else tokens.count[:, None] - 1)  # type: ignore[arg-type]
+        slots = replace(
+            make_slots(tokens, cache, make_table(pattern, tokens.positions % cache.part_size, tokens)),
+            places=torch.where(token < 0, q_at % cache.slots, cache.slots + token),
+            asked=tokens.positions - start,
+            restore=make_table(pattern, -(torch.arange(cache.slots, device=tokens.device) % cache.part_size), tokens),
+        )
     first_ids = rest_ids = k_ids = None
     if ids is not None:
-        ids = pad(ids, (0, blocks * w - n))
-        first_ids, rest_ids, k_ids = ids[:, :w], fold(ids[:, w:], w), windows(ids, w)
-    first_masked = needed or cache is not None or (masked and chunk < w)
-    first = Window(first_at[..., -w:], first_at, first_ids, first_ids, first_masked, None, first_shifts)
-    rest = Window(at[w:], at, rest_ids, k_ids, masked, None, shifts)
-    both = tuple(make_window(pattern, tokens, each, chunk) for each in (first, rest))
-    q_table = scaled(q_table, pattern, q_at)
-    return Plan(q_table, k_table, both, chunk, p, q_at, layout, plan_writing(tokens, cache))
+        ids = rearrange(pad(ids, (0, blocks * w - n)), "b (j w) -> b j w", w=w)
+        first_ids, rest_ids = ids[:, 0], ids[:, 1:].flatten(0, 1)
+        k_ids = torch.cat((ids[:, :-1], ids[:, 1:]), dim=-1).flatten(0, 1)
+    first = Window(at[:w], at[:w], first_ids, first_ids, first_shifts, must_mask or (masked and chunk < w))
+    rest = Window(at[w:], at, rest_ids, k_ids, shifts, masked)
+    both = first.with_mask(pattern, tokens.dtype, chunk), rest.with_mask(pattern, tokens.dtype, chunk)
+    q_table = scaled(q_table, pattern, rearrange(q_at, "... (j w) -> ... j w", w=w))
+    return Plan(q_table, k_table, both, chunk, p, slots)
 
 
 def plan_token(pattern: Pattern, tokens: Tokens, cache: LayerCache) -> Plan:
     """One query a row on a cache that holds its key already, in one version of it for each part."""
-    q_at, p, decays = tokens.first, cache.part_size, pattern.positions.decays
+    q_at, p = tokens.positions, cache.part_size
     slot = torch.arange(cache.used(tokens.most), device=tokens.device)
     k_at = q_at - (q_at - slot) % cache.slots  # of the newest token in each slot, below 0 for none
     # A part starts where its first slot's token is: the others of its visible tokens came after. A part without a token
     # in sight may start after the query.
-    versions = (q_at - k_at[:, ::p]).clamp(min=0) if decays else q_at
-    both = table(pattern, torch.cat((versions, q_at % p if decays else q_at), dim=1), tokens)
+    versions = (q_at - k_at[:, ::p]).clamp(min=0)
+    both = make_table(pattern, torch.cat((versions, q_at % p), dim=1), tokens)
     q_table, k_table = (None, None) if both is None else (both[:, :, :-1], both[:, :, -1:])
-    window = make_window(pattern, tokens, Window(q_at, k_at), 1)
-    q_table = scaled(q_table, pattern, q_at)
-    return Plan(q_table, k_table, (window,), 1, p, writing=plan_writing(tokens, cache))
+    window = Window(q_at, k_at).with_mask(pattern, tokens.dtype, 1)
+    return Plan(scaled(q_table, pattern, q_at), k_table, (window,), 1, p, make_slots(tokens, cache, k_table))
 
 
-def plan_writing(tokens: Tokens, cache: LayerCache | None) -> Writing | None:
-    if cache is None:
-        return None
-    last = min(tokens.n, cache.slots)  # more tokens than that would overwrite each other
+def make_slots(tokens: Tokens, cache: LayerCache, table: Tensor | None) -> Slots:
+    """Slots for the new tokens, the last of them where there are more than slots."""
+    last = min(tokens.n, cache.slots)
     row = torch.arange(tokens.b, device=tokens.device)[:, None]
     if tokens.count is None:
         token = torch.arange(tokens.n - last, tokens.n, device=tokens.device)[None]
-        return Writing(row, (tokens.first + token) % cache.slots, None if last == tokens.n else token, None)
+        return Slots(row, (tokens.first + token) % cache.slots, table, None if last == tokens.n else token)
     token = tokens.count[:, None] - last + torch.arange(last, device=tokens.device)
-    return Writing(row, (tokens.first + token) % cache.slots, token.clamp(min=0), token >= 0)
+    return Slots(row, (tokens.first + token) % cache.slots, table, token.clamp(min=0), token >= 0)
 
 
-def lay_out(tokens: Tokens, at: Tensor, w: int, cache: LayerCache) -> Layout:
-    """Which token stands at positions at (b, ((j + 1) w))."""
-    # Places after a row's last token repeat it: they are hidden from it, and padding may hold anything.
-    token = at - tokens.first
-    token = token.clamp(max=tokens.n - 1) if tokens.count is None else token.minimum(tokens.count[:, None] - 1)
-    return Layout(
-        queries=token[:, w:].clamp(min=0),
-        keys=torch.where(token < 0, at % cache.slots, cache.slots + token),
-        asked=tokens.positions - at[:, w : w + 1],
-    )
-
-
-def make_window(pattern: Pattern, tokens: Tokens, window: Window, chunk: int) -> Window:
-    """The window with its mask, if it is one for all queries and layers: masks of all chunks at once would be n x m."""
-    if not window.masked or window.q_at.shape[-1] > chunk or pattern.learned:
-        return window
-    return replace(window, mask=window.logits(slice(None), slice(None), pattern, tokens.dtype))
-
-
-def table(pattern: Pattern, at: Tensor, tokens: Tokens) -> Tensor | None:
+def make_table(pattern: Pattern, at: Tensor, tokens: Tokens) -> Tensor | None:
     """The table for x (..., heads, d) at positions `at`, (rows, ..., 1, i), or None if it changes nothing."""
     if not any(pattern.positions.rates) and pattern.query_scaling is None:
         return None
@@ -330,13 +300,11 @@ def scaled(table: Tensor | None, pattern: Pattern, q_at: Tensor) -> Tensor | Non
 def shift_tables(pattern: Pattern, tokens: Tokens, part_at: Tensor, n: int, chunk: int) -> tuple[Tensor, ...] | None:
     """For each chunk of n queries, the table that brings parts (..., j) from their starts to the chunk's middle.
 
-    part_at counts from the first query. Parts later than all queries of a chunk are hidden; held back, they do not
-    overflow.
+    part_at counts from the first query. Parts later than a chunk are hidden; held back, they do not overflow.
     """
-    tables = [
-        table(pattern, part_at.clamp(max=end - 1) - (start + chunk // 2), tokens) for start, end in chunks(n, chunk)
-    ]
-    return tuple(each[..., None, :] for each in tables if each is not None) or None
+    from_middle = [part_at.clamp(max=end - 1) - (start + chunk // 2) for start, end in chunks(n, chunk)]
+    tables = [make_table(pattern, at, tokens) for at in from_middle]
+    return tuple(table[..., None, :] for table in tables if table is not None) or None
 
 
 def chunks(n: int, chunk: int) -> list[tuple[int, int]]:
@@ -347,15 +315,6 @@ def chunks(n: int, chunk: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], n], strict=True))
 
 
-def chunk_size(pattern: Pattern, tokens: Tokens) -> int:
-    return min(pattern.positions.max_span(tokens.dtype), QUERY_CHUNK)
-
-
-def precision(dtype: torch.dtype) -> torch.dtype | None:
-    """What a plan depends on of the dtype of q and k: bfloat16 and float32 may share one."""
-    return dtype if dtype in (torch.float16, torch.float64) else None
-
-
 def aligned(pattern: Pattern, tokens: Tokens) -> bool:
     """Whether `attend` needs no mask for queries that end where their keys do: flash attention is at hand.
 
@@ -363,19 +322,15 @@ def aligned(pattern: Pattern, tokens: Tokens) -> bool:
     """
     if tokens.device.type != "cuda" or tokens.dtype not in (torch.bfloat16, torch.float16):
         return False
-    head_dim, batch = 2 * len(pattern.positions.rates), tokens.b * (1 + tokens.n // (pattern.block_size or ALL))
+    head_dim, batch = 2 * len(pattern.positions.rates), tokens.b * (3 + tokens.n // (pattern.block_size or ALL))
     fits = head_dim % 8 == 0 and head_dim <= 192 and batch < 2**16
     return fits and torch.version.hip is None and torch.cuda.get_device_properties(tokens.device).major >= 8
 
 
 def block_count(n: int, w: int, cached: bool) -> int:
-    """Blocks of w tokens that n of them are cut into; from a cache, that they can touch wherever they begin.
-
-    A graph for any length takes a block too many: else there would be one graph more.
-    """
-    if cached:
-        return (n + 2 * w - 2) // w + torch.compiler.is_compiling()
-    return n // w + 1 - known(n % w == 0)
+    """Blocks of w tokens for n of them; from a cache, also for what they see before them, wherever they begin."""
+    # A graph for any length takes a block too many: else there would be one graph more.
+    return (n + 3 * w - 2) // w if cached else n // w + 1 - known(n % w == 0)
 
 
 def known(condition: bool) -> bool:
@@ -385,13 +340,3 @@ def known(condition: bool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # a third of a second, for a compiler only
 
     return statically_known_true(condition)
-
-
-def fold(t: Tensor, w: int) -> Tensor:
-    """(b, n, ...) to (b j, w, ...): each block a batch row of its own."""
-    return rearrange(t, "b (j w) ... -> (b j) w ...", w=w)
-
-
-def windows(t: Tensor, w: int) -> Tensor:
-    """Of each block but the first, it and the block before it: (b, n, ...) to (b (j-1), 2 w, ...)."""
-    return torch.cat((fold(t[:, :-w], w), fold(t[:, w:], w)), dim=1)

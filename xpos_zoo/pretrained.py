@@ -1,87 +1,98 @@
-"""A model as a folder that says all of itself: `config.json`, and weights without code in `model.safetensors`.
+"""A model's configuration as plain values, and the folder that holds it with the weights.
 
-Needs safetensors, which is imported only when a model is saved or loaded.
+`config.json` and `model.safetensors` hold no code. safetensors is imported when a model is saved or loaded.
 """
 
+import dataclasses
+import inspect
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xpos_zoo.bias import LogNScaling, SoftTail
+from xpos_zoo.bias import LogNScaling, ScaleInvariant, SoftTail
 from xpos_zoo.rotary import RotaryEmbedding
 from xpos_zoo.xpos import XPOS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FORMAT = "xpos_zoo.Transformer"
-VERSION = 1
-# Nothing else is ever made from a file: a name in it is looked up here, never imported.
-KNOWN: dict[str, dict[str, tuple[Callable[..., Any], tuple[str, ...]]]] = {
-    "positions": {
-        "XPOS": (XPOS, ("scale_base", "base", "max_wavelength", "interleaved")),
-        "RotaryEmbedding": (RotaryEmbedding, ("base", "max_wavelength", "interleaved")),
-    },
-    "query_scaling": {"LogNScaling": (LogNScaling, ("coefficient", "trained_length"))},
-    "distance_bias": {"SoftTail": (SoftTail, ("power", "trained_length"))},
+HEADER = {"format": "xpos_zoo.Transformer", "version": 2}
+# Nothing else is ever made from a configuration: a name in it is looked up here, never imported.
+KNOWN: dict[str, tuple[type, ...]] = {
+    "positions": (XPOS, RotaryEmbedding),
+    "query_scaling": (LogNScaling,),
+    "distance_bias": (SoftTail, ScaleInvariant),
 }
+Named = dict[str, Any]  # the "name" of one of these, and its arguments but for head_dim
 
 
-def describe(kind: str, thing: Any) -> dict[str, Any] | None:
-    """The name and the options of one of the library's own things; None for None.
+@dataclass(frozen=True)
+class TransformerConfig:
+    """All that says what a `Transformer` is but for its weights, in plain values that JSON can hold.
 
-    Raises:
-        ValueError: it is none of these.
+    The attributes are the arguments of `Transformer`, and `distance_bias`. Positions, query_scaling and distance_bias
+    name a class of the library, with its arguments: {"name": "SoftTail", "power": 2, "trained_length": 128}. They and
+    block_size are lists where layers differ. `Transformer.from_config` checks all values.
     """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    positions: Named | list[Named] = dataclasses.field(default_factory=lambda: {"name": "XPOS"})
+    block_size: int | list[int | None] | None = None
+    query_scaling: Named | list[Named | None] | None = None
+    distance_bias: Named | list[Named | None] | None = None
+    hidden_dim: int | None = None
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+
+
+def to_named(kind: str, thing: Any) -> Named | None:
+    """What a configuration says of positions, query_scaling or distance_bias; ValueError if it cannot say it."""
     if thing is None:
         return None
-    name = type(thing).__name__
-    known, options = KNOWN[kind].get(name, (None, ()))
-    if known is None or type(thing) is not known:
-        raise ValueError(f"{kind} must be {' or '.join(KNOWN[kind])} to be saved, got {name}")
-    given = {option: getattr(thing, option) for option in options}
-    if kind == "positions" and known(thing.head_dim, **given).rates != thing.rates:
-        raise ValueError(f"positions must have the rates of their options to be saved, got {thing} with others")
-    return {"name": name} | given
+    known = type(thing)
+    if known not in KNOWN[kind]:
+        raise ValueError(f"{kind} must be {names(kind)} to be saved, got {known.__name__}")
+    arguments = {name: getattr(thing, name) for name in inspect.signature(known).parameters if name != "head_dim"}
+    if kind == "positions" and known(thing.head_dim, **arguments).rates != thing.rates:
+        raise ValueError(f"positions must have the rates of their arguments to be saved, got {thing} with others")
+    return {"name": known.__name__, **arguments}
 
 
-def described(kind: str, description: Any) -> Any:
-    """What a description describes: for positions, what makes them for a head_dim. None for None, but for positions.
+def from_named(kind: str, named: Any) -> Any:
+    """The inverse of `to_named`; of positions, a function of head_dim. A list for a list.
 
-    Raises:
-        ValueError: the library has no such thing, or it has other options.
+    ValueError if the library has nothing of that name, TypeError if it has other arguments.
     """
-    if description is None and kind != "positions":
+    if isinstance(named, list):
+        return [from_named(kind, each) for each in named]
+    if named is None and kind != "positions":
         return None
-    names = " or ".join(KNOWN[kind])
-    if not isinstance(description, dict) or not isinstance(description.get("name"), str):
-        raise ValueError(f"{kind} must be a mapping with the name {names}, got {description!r}")
-    name = description["name"]
-    if name not in KNOWN[kind]:
-        raise ValueError(f"{kind} must be {names}, got {name!r}")
-    make, options = KNOWN[kind][name]
-    given = {option: value for option, value in description.items() if option != "name"}
-    if given.keys() != set(options):
-        raise ValueError(f"{kind} {name} must have the options {', '.join(options)}, got {', '.join(given) or 'none'}")
-    return partial(make, **given) if kind == "positions" else make(**given)
+    arguments = dict(named) if isinstance(named, dict) else {}
+    name = arguments.pop("name", None)
+    for known in KNOWN[kind]:
+        if known.__name__ == name:
+            return partial(known, **arguments) if kind == "positions" else known(**arguments)
+    raise ValueError(f"{kind} must be a mapping with the name {names(kind)}, got {named!r}")
 
 
-def write_folder(
-    path: str | os.PathLike[str], config: dict[str, Any], weights: dict[str, Tensor], overwrite: bool
-) -> None:
-    """Write both files; each is whole or not there, whenever this is stopped.
+def names(kind: str) -> str:
+    return " or ".join(known.__name__ for known in KNOWN[kind])
 
-    Raises:
-        ValueError: there is one already, and overwrite is False; path is a file; or safetensors is not installed.
-        OSError: they cannot be written.
-    """
+
+def write_folder(folder: Path, config: TransformerConfig, weights: dict[str, Tensor], overwrite: bool) -> None:
+    """Write both files; each is whole or not there, whenever this is stopped."""
     torch_files = safetensors_torch()
-    folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give another path")
     present = [file for file in (folder / CONFIG, folder / WEIGHTS) if file.exists()]
@@ -90,7 +101,7 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         WEIGHTS: torch_files.save({name: tensor.contiguous() for name, tensor in weights.items()}, {"format": "pt"}),
-        CONFIG: (json.dumps({"format": FORMAT, "version": VERSION} | config, indent=2) + "\n").encode(),
+        CONFIG: (json.dumps(HEADER | dataclasses.asdict(config), indent=2) + "\n").encode(),
     }
     drafts = {name: folder / f"{name}.draft" for name in content}
     try:
@@ -103,57 +114,42 @@ def write_folder(
             draft.unlink(missing_ok=True)
 
 
-def read_config(path: str | os.PathLike[str], keys: set[str]) -> dict[str, Any]:
-    """The configuration in the folder, with just these keys.
+def read_folder(folder: Path, make: Callable[[TransformerConfig], Any], device: torch.device | str) -> Any:
+    """The model that `make` makes of the configuration, with the weights, in their dtype."""
+    torch_files = safetensors_torch()
+    with errors_naming(folder / CONFIG), torch.device("meta"):
+        config = read_config(folder / CONFIG)
+        model = make(config)
+    with errors_naming(folder / WEIGHTS):
+        weights = torch_files.load_file(folder / WEIGHTS, device=str(device))
+        if config.tie_embeddings:
+            weights["head.weight"] = weights["embedding.weight"]
+        model.load_state_dict(weights, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight
+    return model.to(device).eval()
 
-    Raises:
-        ValueError: the file is missing, damaged, or of another program, version or kind of model.
-    """
-    file = Path(path) / CONFIG
+
+def read_config(file: Path) -> TransformerConfig:
+    values = json.loads(file.read_bytes())
+    for key, expected in HEADER.items():
+        if not isinstance(values, dict) or values.pop(key, None) != expected:
+            raise ValueError(f"must be a mapping with {key} {expected!r}")
+    keys = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if wrong := sorted(keys ^ values.keys()):
+        raise ValueError(f"{'lacks' if wrong[0] in keys else 'has an unknown'} {wrong[0]!r}")
+    return TransformerConfig(**values)
+
+
+@contextmanager
+def errors_naming(file: Path) -> Iterator[None]:
+    """Whatever is wrong with a file is a ValueError in one line that names it."""
     try:
-        config = json.loads(file.read_bytes())
+        yield
     except FileNotFoundError as error:
         raise ValueError(f"there is no {file}; `save_pretrained` writes one") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
-        raise ValueError(f'{file} is of another program: its "format" must be "{FORMAT}"')
-    if (version := config.pop("version", None)) != VERSION:
-        raise ValueError(f"{file} has version {version!r}, this xpos_zoo reads {VERSION}")
-    if wrong := sorted(keys ^ config.keys()):
-        raise ValueError(f"{file} {'lacks' if wrong[0] in keys else 'has an unknown'} {wrong[0]!r}")
-    return config
-
-
-def read_weights(path: str | os.PathLike[str], model: nn.Module, device: torch.device | str) -> dict[str, Tensor]:
-    """The weights in the folder, which are those of `model` by name and shape; what it ties may be there once.
-
-    Raises:
-        ValueError: the file is missing, damaged, or of another model; or safetensors is not installed.
-    """
-    torch_files = safetensors_torch()
-    file = Path(path) / WEIGHTS
-    if not file.is_file():
-        raise ValueError(f"there is no {file}; `save_pretrained` writes one")
-    try:
-        weights = torch_files.load_file(file, device=str(device))
-    except Exception as error:  # for a damaged file, safetensors has a type of its own
-        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in own_weights(model).items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != expected.get(name):
-            raise ValueError(
-                f"{file} is not of the model in {CONFIG}: {name} is {found.get(name, 'missing')}, "
-                f"and {expected.get(name, 'absent')} in the model"
-            )
-    return weights
-
-
-def own_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each parameter once: a tied one under the first of its names."""
-    once = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in once}
+    except Exception as error:  # safetensors has a type of its own
+        raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def safetensors_torch() -> ModuleType:

@@ -1,6 +1,6 @@
 """Positions as rates: how channel pairs are rotated and scaled. The documented functions, and `RotaryEmbedding`.
 
-Axes: n sequence, d head dimension, i = d/2 pairs of channels. A pair is one complex number. With the rate
+Axes: n sequence, d head dimension, i = d/2 pairs of channels, each one complex number. With the rate
 r_i = lambda_i + 1j theta_i, a query at position n is multiplied by exp(n r_i) and a key at m by exp(-m conj(r_i)), so
 that scores depend on n - m alone. Plain rotary embedding (Su et al. 2021, RoFormer, eq. 34) has theta_i = base^(-2i/d)
 and no lambda.
@@ -17,19 +17,21 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from xpos_zoo.checks import as_integer, as_size
+from xpos_zoo.checks import as_integer
 
 
 def rotary_rates(head_dim: int, base: float = 10000.0) -> tuple[complex, ...]:
-    """1j base^(-2i/d): those of plain rotary embedding."""
+    """1j base^(-2i/d), the rates of plain rotary embedding."""
     return tuple(1j * base ** (-2 * i / head_dim) for i in range(head_dim // 2))
 
 
-def sine(phase: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sine of phases in 2^-64 turns, int64, whose wrapping around is the reduction to one turn.
+def as_turns(rates: Sequence[complex]) -> list[int]:
+    """How far each rate turns in one position, in 2^-64 turns, as signed integers of 64 bits."""
+    return [(round(rate.imag / (2 * math.pi) * 2**64) + 2**63) % 2**64 - 2**63 for rate in rates]
 
-    In float32 within 1e-7 at any position. Only plain operations, so that a compiler makes one small kernel of a table.
-    """
+
+def sine(phase: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sine of int64 phases in 2^-64 turns, which wrap around at a whole turn; in float32 within 1e-7."""
     quadrant = ((phase >> 61) + 1) >> 1
     x = (phase - (quadrant << 62)).to(dtype) * (math.pi / 2**63)  # at most an eighth of a turn
     if dtype == torch.float64:
@@ -41,19 +43,14 @@ def sine(phase: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where((quadrant & 1) == 0, sin, cos) * (1 - (quadrant & 2))
 
 
-def as_turns(rates: Sequence[complex]) -> list[int]:
-    """How far each rate turns in a position, in 2^-64 turns, as signed integers of 64 bits."""
-    return [(round(rate.imag / (2 * math.pi) * 2**64) + 2**63) % 2**64 - 2**63 for rate in rates]
-
-
 def cos_and_sin(positions: Tensor, turns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of integer positions (...) times turns (i,), as `as_turns` gives them: (2, ..., i)."""
+    """Cosine and sine of integer positions (...) times `as_turns` (i,): (2, ..., i)."""
     row = torch.arange(2, device=positions.device).view(2, *[1] * positions.ndim, 1)
-    return sine(positions[..., None] * turns + ((1 - row) << 62), dtype)  # a sine a quarter of a turn on is the cosine
+    return sine(positions[..., None] * turns + ((1 - row) << 62), dtype)  # a cosine is a sine a quarter turn ahead
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that tables and rotation use for inputs of `dtype`: never half precision."""
+    """The dtype in which inputs of `dtype` are rotated: never half precision."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -63,30 +60,27 @@ def rotate_pairs(
     sin: Tensor,
     factor: Tensor | None = None,
     interleaved: bool = True,
-    back: bool = False,
+    conjugate: bool = False,
     packed: bool = False,
 ) -> Tensor:
-    """Multiply x's channel pairs, as complex numbers, by `cos + 1j * sin`, and by factor: x (..., d), tables (..., i).
+    """Channel pairs of x (..., d), as complex numbers, times `factor * (cos + 1j * sin)`, tables (..., i); x's dtype.
 
-    `back` multiplies by the conjugate; `packed`, for interleaved pairs, loads and stores a pair at once, which autograd
-    cannot follow. Computes in the wider of both dtypes and returns x's. Rounding to x's dtype comes before the pairs
-    are joined: so the compiler makes one kernel of it.
+    `conjugate` negates the sine. `packed` loads and stores interleaved pairs at once, which autograd cannot follow.
+    Rounding to x's dtype comes before pairs are joined, so that the compiler makes one kernel of it.
     """
-    apart, axis = ("i two", -1) if interleaved else ("two i", -2)
-    a, b = unpack(x) if packed else rearrange(x, f"... ({apart}) -> ... {apart}", two=2).unbind(axis)
+    layout, axis = ("i two", -1) if interleaved else ("two i", -2)
+    a, b = unpack(x) if packed else rearrange(x, f"... ({layout}) -> ... {layout}", two=2).unbind(axis)
     if factor is not None:
         a, b = a * factor, b * factor
-    a, b = (a * cos + b * sin, b * cos - a * sin) if back else (a * cos - b * sin, b * cos + a * sin)
+    a, b = (a * cos + b * sin, b * cos - a * sin) if conjugate else (a * cos - b * sin, b * cos + a * sin)
     if packed:
         return pack(a, b, x.dtype)
-    return rearrange(torch.stack((a.to(x.dtype), b.to(x.dtype)), axis), f"... {apart} -> ... ({apart})")
+    return rearrange(torch.stack((a.to(x.dtype), b.to(x.dtype)), axis), f"... {layout} -> ... ({layout})")
 
 
 def unpack(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The halves of each pair of bfloat16 or float32 numbers in float32, bit by bit: (..., d) to twice (..., i).
-
-    One load for each pair, as an integer of twice the width: compilers make loads of every other number slow.
-    """
+    """Both numbers of each bfloat16 or float32 pair of x (..., d), in float32, (..., i) each."""
+    # A pair is loaded as one integer of twice the width: compilers make loads of every other number slow.
     if x.dtype == torch.float32:
         pair = x.contiguous().view(torch.int64)
         return pair.to(torch.int32).view(torch.float32), (pair >> 32).to(torch.int32).view(torch.float32)
@@ -95,7 +89,7 @@ def unpack(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `unpack`, rounding to nearest even as a conversion does; what is no number stays none."""
+    """The inverse of `unpack`, rounding to nearest even; NaN stays NaN."""
     low, high = a.view(torch.int32), b.view(torch.int32)
     if dtype == torch.float32:
         return ((low.to(torch.int64) & 0xFFFFFFFF) | (high.to(torch.int64) << 32)).view(dtype)
@@ -106,61 +100,48 @@ def pack(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Rotation(torch.autograd.Function):
-    """Multiply x by a table of `PositionModule`, by the rows for queries or, if `inverse`, for keys.
+    """x times a `PositionModule.table`, with the factors of queries or, if `inverse`, of keys.
 
-    The gradient is the same rotated back; left to itself, autograd takes the pairs apart and joins them again step by
-    step. The table, which comes from positions, gets none.
+    Its gradient is the rotation by the conjugate; autograd would take pairs apart and join them step by step.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, table: Tensor, inverse: bool, interleaved: bool, back: bool) -> Tensor:
+    def forward(x: Tensor, table: Tensor, inverse: bool, interleaved: bool, conjugate: bool) -> Tensor:
         factor = table[3 if inverse else 2] if len(table) > 2 else None
         packed = interleaved and x.dtype in (torch.bfloat16, torch.float32) and torch.compiler.is_dynamo_compiling()
-        return rotate_pairs(x, table[0], table[1], factor, interleaved, back, packed)
+        return rotate_pairs(x, table[0], table[1], factor, interleaved, conjugate, packed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, table, ctx.inverse, ctx.interleaved, ctx.back = inputs
+        _, table, ctx.inverse, ctx.interleaved, ctx.conjugate = inputs
         ctx.save_for_backward(table)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (table,) = ctx.saved_tensors
-        x = Rotation.apply(gradient.contiguous(), table, ctx.inverse, ctx.interleaved, not ctx.back)
+        x = Rotation.apply(gradient.contiguous(), table, ctx.inverse, ctx.interleaved, not ctx.conjugate)
         return x, None, None, None, None
 
 
 def fixed_pos_embedding(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sine and cosine tables for x's shape (seq_len, dim): `(sin, cos)`, each (seq_len, dim), in x's dtype.
+    """`(sin, cos)` of n * 10000^(-j/dim) in row n and column j, each of x's shape (seq_len, dim) and dtype.
 
-    Row n, column j holds the angle n * 10000^(-j/dim). Only x's shape, device and dtype count.
-
-    Raises:
-        ValueError: x is not two-dimensional.
+    Of x only shape, device and dtype count; ValueError if it is not two-dimensional.
     """
     if x.ndim != 2:
         raise ValueError(f"x must have shape (seq_len, dim), got {tuple(x.shape)}")
     seq_len, dim = x.shape
     dtype = x.dtype if x.is_floating_point() else torch.float32
-    # A compiler takes the length of a range as a plain number.
-    turns = torch.tensor(column_turns(len(range(dim))), dtype=torch.int64, device=x.device)
+    # Column j has the frequency of pair j of 2 dim channels. A compiler takes the length of a range as a plain number.
+    turns = torch.tensor(as_turns(rotary_rates(2 * len(range(dim)))), dtype=torch.int64, device=x.device)
     cos, sin = cos_and_sin(torch.arange(seq_len, device=x.device), turns, at_least_float32(dtype)).to(dtype)
     return sin, cos
 
 
-def column_turns(dim: int) -> list[int]:
-    """Of columns with frequencies 10000^(-j/dim): those of a head of 2 * dim channels."""
-    return as_turns(rotary_rates(2 * dim))
-
-
 def rotate_every_two(x: Tensor) -> Tensor:
-    """Turn each channel pair (a, b) of x (..., seq_len, dim) into (-b, a).
-
-    Raises:
-        ValueError: dim is odd.
-    """
+    """Turn each channel pair (a, b) of x (..., seq_len, dim) into (-b, a); ValueError if dim is odd."""
     if x.ndim < 1 or x.shape[-1] % 2:
         raise ValueError(f"x must have an even last dimension, got shape {tuple(x.shape)}")
     a, b = rearrange(x, "... (i two) -> ... i two", two=2).unbind(-1)
@@ -168,11 +149,7 @@ def rotate_every_two(x: Tensor) -> Tensor:
 
 
 def duplicate_interleave(m: Tensor) -> Tensor:
-    """Repeat each column of m twice, side by side: (..., d) becomes (..., 2d).
-
-    Raises:
-        ValueError: m has no dimension.
-    """
+    """Repeat each column of m twice, side by side: (..., d) becomes (..., 2d); ValueError if m is a scalar."""
     if m.ndim < 1:
         raise ValueError("m must have at least one dimension, got a scalar")
     return repeat(m, "... d -> ... (d two)", two=2)
@@ -183,55 +160,48 @@ def apply_rotary_pos_emb(x: Tensor, sin: Tensor, cos: Tensor, scale: float | Ten
 
     Args:
         x: (batch, seq_len, dim), or with any leading dimensions.
-        sin, cos: (seq_len, dim/2), one column a pair; or (seq_len, dim) as `fixed_pos_embedding` gives for x's own
-            width, of which column 2i is pair i's frequency. Leading dimensions broadcast against x's.
+        sin, cos: (seq_len, dim/2), a column for each pair; or (seq_len, dim) as `fixed_pos_embedding` gives for x's own
+            width, of which column 2i is for pair i. Leading dimensions broadcast against x's.
         scale: a number, or a tensor of either table width, or of width 1.
 
-    Raises:
-        ValueError: x is no floating-point tensor, dim is odd or zero, or a table's shape does not fit x.
+    ValueError if x is no floating-point tensor, dim is odd or zero, or a table's shape does not fit x.
     """
     if not x.is_floating_point():
         raise ValueError(f"x must have a floating-point dtype, got {x.dtype}")
     if x.ndim < 2 or x.shape[-1] % 2 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape (..., seq_len, dim) with an even dim above 0, got {tuple(x.shape)}")
+    dim = x.shape[-1]
 
-    def per_pair(name: str, table: Tensor) -> Tensor:
-        seq_len, dim = x.shape[-2:]
-        widths = (1, dim // 2, dim) if name == "scale" else (dim // 2, dim)
-        if table.ndim < 1 or table.shape[-1] not in widths:
-            allowed = " or ".join(map(str, widths))
-            raise ValueError(f"{name} must be {allowed} wide for x of width {dim}, got {tuple(table.shape)}")
-        if table.ndim > 1 and table.shape[-2] not in (1, seq_len):
-            raise ValueError(f"{name} must have {seq_len} rows, one for each of x's, got {tuple(table.shape)}")
-        if table.ndim > x.ndim or any(
-            t not in (1, n) for t, n in zip(table.shape[-3::-1], x.shape[-3::-1], strict=False)
-        ):
-            raise ValueError(f"{name} must broadcast against x's {tuple(x.shape)}, got {tuple(table.shape)}")
+    def per_pair(name: str, table: Tensor, widths: tuple[int, ...]) -> Tensor:
+        rows = zip(table.shape[-2::-1], x.shape[-2::-1], strict=False)  # from the last on
+        if not 0 < table.ndim <= x.ndim or table.shape[-1] not in widths or any(t not in (1, n) for t, n in rows):
+            raise ValueError(
+                f"{name} must be {' or '.join(map(str, widths))} wide and broadcast against the other dimensions of "
+                f"x {tuple(x.shape)}, got {tuple(table.shape)}"
+            )
         return table[..., ::2] if table.shape[-1] == dim else table
 
     if isinstance(scale, Tensor) and scale.ndim > 0:
-        scale = per_pair("scale", scale)
-    return rotate_pairs(x, per_pair("cos", cos) * scale, per_pair("sin", sin) * scale)
+        scale = per_pair("scale", scale, (1, dim // 2, dim))
+    cos, sin = (per_pair(name, table, (dim // 2, dim)) for name, table in (("cos", cos), ("sin", sin)))
+    return rotate_pairs(x, cos * scale, sin * scale)
 
 
 class PositionModule(nn.Module):
-    """A position encoding: the rates of its channel pairs, and how channels pair up. That is all attention asks.
+    """A position encoding: the rates of its channel pairs, and how channels pair up.
 
     Args:
-        rates: lambda_i + 1j theta_i for each of the head_dim / 2 pairs, plain numbers (see the top of this file);
-            1j theta_i rotates by theta_i radians a position, a lambda_i below 0 lets scores decay with distance.
+        rates: lambda_i + 1j theta_i for each of the head_dim / 2 pairs, plain numbers (see the top of this file):
+            theta_i rotates, in radians a position; a lambda_i below 0 lets scores decay with distance. May be set anew.
         interleaved: how channels pair up: (0, 1), (2, 3), ... (as in RoFormer and xPos), or, if False, channel i with
             i + head_dim/2 (as in Llama). Scores are the same if the channels of q and k are permuted alike.
 
     A subclass may also have a method `distance_bias(distance)`, a `DistanceBias`, for every head alike or with an axis
     of heads (h, n, m), as ALiBi's is.
 
-    It holds no table: what positions ask for is evaluated from integers that no cast touches, so that neither
-    `.half()`, nor autocast, nor an earlier call changes a result, and without float64 (unless q and k are float64).
-    `rates` may be set anew at any time.
-
-    Raises:
-        ValueError: a rate is not finite, or a lambda is above 0, with which scores would grow with distance.
+    It keeps no table: angles and decays are evaluated from integers, without float64 (unless q and k are float64), so
+    that neither `.half()`, nor autocast, nor an earlier call changes a result. ValueError if a rate is not finite, or a
+    lambda is above 0, with which scores would grow with distance.
     """
 
     increments: Tensor
@@ -239,9 +209,6 @@ class PositionModule(nn.Module):
     def __init__(self, rates: Sequence[complex], interleaved: bool = True):
         super().__init__()
         self.interleaved = interleaved
-        # No buffer, for averages of weights take these in; never on the meta device, from where nothing brings it back.
-        increments = torch.empty(0, dtype=torch.int64)
-        self.increments = increments.new_empty(0, device="cpu") if increments.is_meta else increments
         self.rates = rates
 
     @property
@@ -262,28 +229,28 @@ class PositionModule(nn.Module):
         self._spans = [max(1, int(2 * most / bits)) if bits else sys.maxsize for most in (4, 32)]
         # Exponents of 2^32 positions fit an int64, and those within a span are exact to 2^-26.
         self._point = max(0, min(60, 30 - math.frexp(bits)[1]))
-        self._renew()
+        self._set_increments(self.increments.device if hasattr(self, "increments") else torch.get_default_device())
 
-    def _renew(self) -> None:
+    def _set_increments(self, device: torch.device) -> None:
+        # No buffer, for averages of weights take these in; never on the meta device, from where nothing brings it back.
         exponents = [rate.real / math.log(2) for rate in self.rates]
-        # In one row, for a compiler might take a dimension of 3 to be one of x.
-        words = as_turns(self.rates)
-        words += [round(exponent * 2**self._point) for exponent in exponents]
+        # Turns, fixed-point decays, and decays as bits of float64: in one row, for a compiler might take a dimension of
+        # 3 to be one of x.
+        words = as_turns(self.rates) + [round(exponent * 2**self._point) for exponent in exponents]
         words += [struct.unpack("q", struct.pack("d", exponent))[0] for exponent in exponents]
-        self.increments = torch.tensor(words, dtype=torch.int64, device=self.increments.device)
+        device = torch.device("cpu") if device.type == "meta" else device
+        self.increments = torch.tensor(words, dtype=torch.int64, device=device)
 
     def _apply(self, fn, recurse=True):  # the one place that all of .to(), .half(), .to_empty() come through
         super()._apply(fn, recurse)
-        moved = fn(self.increments)
-        self.increments = self.increments if moved.is_meta else moved
-        self._renew()
+        self._set_increments(fn(self.increments).device)
         return self
 
     def table(self, positions: Tensor, dtype: torch.dtype, exponents: Tensor | None = None) -> Tensor:
         """What pairs at integer positions are multiplied by: (rows, *positions.shape, i) in `dtype`, float32 or wider.
 
-        Rows are cosine and sine, and, if the encoding decays, the factors of queries and of keys; these are taken at
-        `exponents` if they are given, in the same shape.
+        Rows are cosine, sine and, if the encoding decays, the factors of queries and of keys: at `exponents`, in the
+        same shape, if they are given.
         """
         turns, decay, decay_bits = self.increments.to(positions.device).view(3, -1).unbind()
         rows = [cos_and_sin(positions, turns, dtype)]
@@ -316,15 +283,15 @@ class PositionModule(nn.Module):
         return self.rotated(q, q_table), self.rotated(k, k_table, inverse=True)
 
     def rotated(self, x: Tensor, table: Tensor | None, inverse: bool = False) -> Tensor:
-        """Queries, or with `inverse` keys, x (..., d) multiplied by a table (rows, ..., i); unchanged if it is None."""
+        """Queries, or keys, x (..., d) multiplied by a table (rows, ..., i); unchanged if it is None."""
         return x if table is None else Rotation.apply(x, table, inverse, self.interleaved, False)  # type: ignore[return-value]
 
     def max_span(self, dtype: torch.dtype) -> int:
         """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`.
 
-        No factor then exceeds 2^32, or 2^4 in float16, so that even a score that a causal mask hides, the product of
-        two such factors, stays finite in the float32 in which attention accumulates. float16 has few bits to spare:
-        queries and keys may be as large as 4000, and as small as 0.001 before they lose precision.
+        No factor then exceeds 2^32, or 2^4 in float16, so that even a score that a causal mask hides, with two such
+        factors, stays finite in float32. In float16 queries and keys may be as large as 4000, and as small as 0.001
+        before they lose precision.
         """
         return self._spans[dtype != torch.float16]
 
@@ -335,12 +302,8 @@ def as_table(rows: list[Tensor]) -> Tensor:
     return torch.as_strided(table, table.shape, table.stride())
 
 
-def fitting(rates: Sequence[complex], max_wavelength: float | None) -> tuple[complex, ...]:
-    """Rates with those whose wavelength 2 pi / theta is above max_wavelength set to 0: content without a position.
-
-    Raises:
-        ValueError: max_wavelength is not positive, or no rate is left.
-    """
+def within_wavelength(rates: Sequence[complex], max_wavelength: float | None) -> tuple[complex, ...]:
+    """The rates, with those whose wavelength 2 pi / theta is above max_wavelength set to 0."""
     if max_wavelength is None:
         return tuple(rates)
     if not max_wavelength > 0:
@@ -362,22 +325,16 @@ class RotaryEmbedding(PositionModule):
             arXiv 2410.06205); None rotates all.
         interleaved: see `PositionModule`.
 
-    Raises:
-        ValueError: head_dim is odd or not positive, base is not positive, or max_wavelength leaves no pair.
+    ValueError if head_dim is odd or not positive, base is not positive, or max_wavelength leaves no pair.
     """
 
     def __init__(
-        self,
-        head_dim: int,
-        *,
-        base: float = 10000.0,
-        max_wavelength: float | None = None,
-        interleaved: bool = True,
+        self, head_dim: int, *, base: float = 10000.0, max_wavelength: float | None = None, interleaved: bool = True
     ):
-        head_dim = as_size("head_dim", head_dim, "even and above 0", even=True)
+        head_dim = as_integer("head_dim", head_dim, allowed="even and above 0", even=True)
         if not 0 < base < math.inf:
             raise ValueError(f"base must be above 0 and finite, got {base}")
-        super().__init__(fitting(rotary_rates(head_dim, base), max_wavelength), interleaved)
+        super().__init__(within_wavelength(rotary_rates(head_dim, base), max_wavelength), interleaved)
         self.head_dim = head_dim
         self.base = float(base)
         self.max_wavelength = max_wavelength
@@ -389,22 +346,20 @@ class RotaryEmbedding(PositionModule):
     def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
         """Rotate row j of x (..., seq_len, head_dim) by position offset + j; x's shape and dtype.
 
-        Raises:
-            ValueError: x is no floating-point tensor of that width, or offset is negative or no integer.
+        ValueError if x is no floating-point tensor of that width, or offset is negative or no integer.
         """
         positions, _ = self._positions(x, offset)
         cos, sin = self.table(positions, at_least_float32(x.dtype))[:2]
         return rotate_pairs(x, cos, sin, interleaved=self.interleaved)
 
     def _positions(self, x: Tensor, offset: SupportsIndex | Tensor) -> tuple[Tensor, int | Tensor]:
-        """Those of x's rows, and the offset as a plain number or a tensor."""
+        """Positions of x's rows, and the offset as a plain number or a tensor."""
         if x.ndim < 2 or x.shape[-1] != self.head_dim:
             raise ValueError(f"x must have shape (..., seq_len, head_dim={self.head_dim}), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"x must have a floating-point dtype, got {x.dtype}")
-        if isinstance(offset, Tensor):
-            if offset.numel() != 1 or offset.is_floating_point():
-                raise ValueError(f"offset must be one integer, got {offset.dtype} {tuple(offset.shape)}")
-            return torch.arange(x.shape[-2], device=x.device) + offset, offset
-        number = offset if isinstance(offset, torch.SymInt) else as_integer("offset", offset)
-        return torch.arange(x.shape[-2], device=x.device) + number, number  # type: ignore[return-value]
+        if not isinstance(offset, Tensor):
+            offset = as_integer("offset", offset, 0, "0 or above and an integer")
+        elif offset.numel() != 1 or offset.is_floating_point():
+            raise ValueError(f"offset must be one integer, got {offset.dtype} {tuple(offset.shape)}")
+        return torch.arange(x.shape[-2], device=x.device) + offset, offset

@@ -22,8 +22,7 @@ def sample(
         top_p: only the fewest likeliest tokens whose probabilities, after top_k, sum to p (Holtzman et al. 2020).
         generator: of the random numbers; by default torch's own.
 
-    Raises:
-        ValueError: temperature is negative, top_k below 1, or top_p outside (0, 1].
+    ValueError if temperature is negative, top_k below 1, or top_p outside (0, 1].
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:

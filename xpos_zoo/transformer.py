@@ -18,16 +18,7 @@ from xpos_zoo.bias import LogNScaling
 from xpos_zoo.cache import KeyValueCache, LayerCache
 from xpos_zoo.checks import require_integers, require_sizes
 from xpos_zoo.plan import Plan
-from xpos_zoo.pretrained import (
-    CONFIG,
-    WEIGHTS,
-    describe,
-    described,
-    own_weights,
-    read_config,
-    read_weights,
-    write_folder,
-)
+from xpos_zoo.pretrained import KNOWN, TransformerConfig, from_named, read_folder, to_named, write_folder
 from xpos_zoo.rotary import PositionModule
 from xpos_zoo.sampling import check_sampling, sample
 from xpos_zoo.xpos import XPOS
@@ -68,11 +59,7 @@ Positions = Callable[[int], PositionModule]
 
 
 def each_layer(name: str, value: Any, num_layers: int) -> list[Any]:
-    """The value of each layer: a list has one for each, anything else is every layer's.
-
-    Raises:
-        ValueError: a list of another length.
-    """
+    """The value of each layer: a list has one for each, anything else is every layer's."""
     if not isinstance(value, (list, tuple)):
         return [value] * num_layers
     if len(value) != num_layers:
@@ -80,12 +67,16 @@ def each_layer(name: str, value: Any, num_layers: int) -> list[Any]:
     return list(value)
 
 
+def one_or_list(values: list[Any]) -> Any:
+    """The inverse of `each_layer`."""
+    return values[0] if all(value == values[0] for value in values) else values
+
+
 def setting(name: str, what: str) -> Any:
     """A property of `Transformer` that is the attribute of that name of each layer's attention."""
 
     def read(self: "Transformer") -> Any:
-        values = [getattr(attention, name) for attention in self.attentions]
-        return values[0] if all(value == values[0] for value in values) else values
+        return one_or_list([getattr(attention, name) for attention in self.attentions])
 
     def write(self: "Transformer", value: Any) -> None:
         for attention, own in zip(self.attentions, each_layer(name, value, len(self.layers)), strict=True):
@@ -109,10 +100,7 @@ class Transformer(nn.Module):
         tie_embeddings: whether the output projection is the embedding's transpose.
 
     The attribute `checkpoint_activations`, False at first, has training keep a layer's input alone for the backward
-    pass and compute the rest again: less memory for a third more work.
-
-    Raises:
-        ValueError: for a size that is not positive or does not divide as `MultiHeadAttention` says.
+    pass and compute the rest again: less memory for a third more work. ValueError as in `MultiHeadAttention`.
     """
 
     def __init__(
@@ -133,33 +121,17 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         require_sizes(vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers)
-        if hidden_dim is None:
-            hidden_dim = -(-8 * embed_dim // (3 * 32)) * 32
+        hidden_dim = -(-8 * embed_dim // (3 * 32)) * 32 if hidden_dim is None else hidden_dim
         require_sizes(hidden_dim=hidden_dim)
         self.vocab_size = vocab_size
         self.checkpoint_activations = False
         self.embedding = nn.Embedding(vocab_size, embed_dim)
+        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "dropout": dropout}
         self.layers = nn.ModuleList(
-            DecoderLayer(
-                MultiHeadAttention(
-                    embed_dim,
-                    num_heads,
-                    num_kv_heads=num_kv_heads,
-                    head_dim=head_dim,
-                    positions=own_positions,
-                    block_size=own_block_size,
-                    dropout=dropout,
-                ),
-                hidden_dim,
-                dropout,
-            )
-            for own_positions, own_block_size in zip(
-                each_layer("positions", positions, num_layers),
-                each_layer("block_size", block_size, num_layers),
-                strict=True,
-            )
+            DecoderLayer(MultiHeadAttention(embed_dim, num_heads, positions=own, **options), hidden_dim, dropout)
+            for own in each_layer("positions", positions, num_layers)
         )
-        self.query_scaling = query_scaling
+        self.block_size, self.query_scaling = block_size, query_scaling
         self.norm = nn.RMSNorm(embed_dim, NORM_EPS)
         self.head = nn.Linear(embed_dim, vocab_size, bias=False)
         if tie_embeddings:
@@ -177,7 +149,6 @@ class Transformer(nn.Module):
 
     @property
     def attentions(self) -> list[MultiHeadAttention]:
-        """The attention of each layer."""
         return [layer.attention for layer in self.layers]  # type: ignore[union-attr]
 
     block_size = setting("block_size", "None for dense attention, else the block size of blockwise attention")
@@ -191,83 +162,57 @@ class Transformer(nn.Module):
             super().__setattr__(name, value)
 
     @property
-    def config(self) -> dict[str, Any]:
-        """All that `from_pretrained` needs to make this model again but for its weights, as plain values.
-
-        Raises:
-            ValueError: the library does not know a position module or a distance bias, or layers differ otherwise.
-        """
-        attentions = self.attentions
-        sizes: dict[str, Any] = {}
+    def config(self) -> TransformerConfig:
+        """All but the weights, for `from_config`; ValueError if that is more than a configuration can say."""
+        values: dict[str, Any] = {}
         for name in ("num_heads", "num_kv_heads", "head_dim", "dropout"):
-            sizes[name], *others = [getattr(attention, name) for attention in attentions]
-            if differing := [value for value in others if value != sizes[name]]:
-                raise ValueError(f"{name} must be the same in all layers, got {sizes[name]} and {differing[0]}")
-        for name in ("positions", "query_scaling", "distance_bias"):
-            each = [describe(name, getattr(attention, name)) for attention in attentions]
-            sizes[name] = each[0] if all(value == each[0] for value in each) else each
-        return {
-            "vocab_size": self.vocab_size,
-            "embed_dim": self.embedding.embedding_dim,
-            "num_layers": len(self.layers),
-            "hidden_dim": self.layers[0].feed_forward.gate_proj.out_features,  # type: ignore[union-attr]
-            "tie_embeddings": self.head.weight is self.embedding.weight,
-            "block_size": self.block_size,
-            **sizes,
-        }
+            values[name] = one_or_list([getattr(attention, name) for attention in self.attentions])
+            if isinstance(values[name], list):
+                raise ValueError(f"{name} must be the same in all layers to be saved, got {values[name]}")
+        for kind in KNOWN:
+            values[kind] = one_or_list([to_named(kind, getattr(attention, kind)) for attention in self.attentions])
+        return TransformerConfig(
+            vocab_size=self.vocab_size,
+            embed_dim=self.embedding.embedding_dim,
+            num_layers=len(self.layers),
+            hidden_dim=self.layers[0].feed_forward.gate_proj.out_features,  # type: ignore[union-attr]
+            tie_embeddings=self.head.weight is self.embedding.weight,
+            block_size=self.block_size,
+            **values,
+        )
+
+    @classmethod
+    def from_config(cls, config: TransformerConfig) -> Self:
+        """A fresh model; ValueError or TypeError, as classes raise them, if a value or an argument is wrong."""
+        values = vars(config) | {kind: from_named(kind, getattr(config, kind)) for kind in KNOWN}
+        distance_bias = values.pop("distance_bias")
+        model = cls(**values)
+        model.distance_bias = distance_bias
+        return model
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model to the folder `path`: `config.json` and `model.safetensors`, which hold no code.
 
-        Needs safetensors. Weights keep their dtype; tied ones are stored once.
-
-        Raises:
-            ValueError: a model is there and overwrite is False, or as for `config`, or safetensors is not installed.
+        Needs safetensors. Weights keep their dtype; tied ones are stored once. ValueError if a model is there and
+        overwrite is False, or as for `config`, or safetensors is not installed.
         """
-        write_folder(path, self.config, own_weights(self), overwrite)
+        config, weights = self.config, self.state_dict()
+        if config.tie_embeddings:
+            del weights["head.weight"]
+        write_folder(Path(path), config, weights, overwrite)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Self:
         """The model that `save_pretrained` wrote to the folder `path`, in evaluation mode and in its dtype.
 
-        Needs safetensors. Position modules are made by name, from those that this library has: no file can import.
-
-        Raises:
-            ValueError: a file is missing, damaged or does not fit the other, or safetensors is not installed.
+        Needs safetensors. Nothing is ever imported because a file says so. ValueError if a file is missing, damaged or
+        does not fit the other, or safetensors is not installed.
         """
-        with torch.device("meta"):
-            reference = cls(vocab_size=2, embed_dim=2, num_layers=1, num_heads=1)
-        config = read_config(path, set(reference.config))
-        try:
-            made = {name: config.pop(name) for name in ("positions", "query_scaling", "distance_bias")}
-            for name, value in made.items():
-                made[name] = [described(name, v) for v in value] if isinstance(value, list) else described(name, value)
-            distance_bias = made.pop("distance_bias")
-            with torch.device("meta"):
-                model = cls(**config, **made)
-            model.distance_bias = distance_bias
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{Path(path) / CONFIG}: {error}") from error
-        weights = read_weights(path, model, device)
-        try:
-            model.load_state_dict(weights, strict=False, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"{Path(path) / WEIGHTS}: {' '.join(str(error).split())}") from error
-        if config["tie_embeddings"]:
-            model.head.weight = model.embedding.weight
-        return model.to(device).eval()
+        return read_folder(Path(path), cls.from_config, device)
 
-    def make_cache(
-        self,
-        batch_size: int,
-        max_length: int | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> KeyValueCache:
-        """An empty cache for `forward`; see `MultiHeadAttention.make_cache`."""
-        layers = (attention.layer_cache(batch_size, max_length, dtype, device) for attention in self.attentions)
-        return KeyValueCache(layers, max_length)
+    def make_cache(self, batch_size: int, max_length: int | None = None, **options: Any) -> KeyValueCache:
+        """An empty cache for `forward`; arguments as for `KeyValueCache`."""
+        return KeyValueCache(self.attentions, batch_size, max_length, **options)
 
     def forward(
         self,
@@ -276,12 +221,9 @@ class Transformer(nn.Module):
         lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> Tensor:
-        """Next-token logits (b, n, vocab_size) for integer tokens (b, n).
+        """Next-token logits (b, n, vocab_size) for tokens (b, n), int64 or int32.
 
-        cache, lengths and document_ids are those of `MultiHeadAttention.forward`; a cache must be this model's own.
-
-        Raises:
-            ValueError: an argument has another shape, or is neither int64 nor int32, or as there.
+        cache, lengths, document_ids and errors are those of `MultiHeadAttention.forward`.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             logits = self.head(self._features(tokens, cache, lengths, document_ids))
@@ -343,42 +285,38 @@ class Transformer(nn.Module):
             seed: of the random numbers; by default torch's own go on.
             decode: what to call for a step instead of this model, such as `torch.compile(model, fullgraph=True)`.
 
-        Raises:
-            ValueError: an argument is out of range or has another shape.
+        ValueError, at once, if an argument is out of range or has another shape.
         """
         check_tokens(tokens)
-        if tokens.shape[1] == 0:
+        n = tokens.shape[1]
+        if n == 0:
             raise ValueError(f"tokens must have at least one token a row, got {tuple(tokens.shape)}")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be 0 or above, got {max_new_tokens}")
         if lengths is not None:
             require_integers("lengths", lengths, tokens.shape[:1])
-            if not ((lengths > 0) & (lengths <= tokens.shape[1])).all():
-                raise ValueError(f"lengths must be from 1 to seq_len={tokens.shape[1]}, got {lengths.tolist()}")
+            if not ((lengths > 0) & (lengths <= n)).all():
+                raise ValueError(f"lengths must be from 1 to seq_len={n}, got {lengths.tolist()}")
         check_sampling(temperature, top_k, top_p)
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
 
         @torch.no_grad()
-        def draw(logits: Tensor) -> Tensor:
-            return sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
-
-        @torch.no_grad()
-        def steps() -> Iterator[Tensor]:
-            cache = self.make_cache(len(tokens), tokens.shape[1] + max_new_tokens)
+        def steps() -> Iterator[Tensor]:  # apart, so that errors are raised before the first step
+            cache = self.make_cache(len(tokens), n + max_new_tokens)
             features = self._features(tokens, cache, lengths)
-            cache.advance(tokens.shape[1], lengths)
+            cache.advance(n, lengths)
             rows = torch.arange(len(tokens), device=tokens.device)
-            new = draw(self.head(features[rows, -1 if lengths is None else lengths - 1]))
-            ended = torch.zeros_like(new, dtype=torch.bool)
+            logits = self.head(features[rows, -1 if lengths is None else lengths - 1])
+            ended = torch.zeros_like(rows, dtype=torch.bool)
             for left in reversed(range(max_new_tokens)):
-                yield new
-                if eos is not None:
-                    ended |= new == eos
-                if not left or (eos is not None and ended.all()):
-                    return
-                new = draw((self if decode is None else decode)(new[:, None], cache)[:, -1])
+                new = sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
                 if eos is not None:
                     new = new.masked_fill(ended, eos)
+                    ended |= new == eos
+                yield new
+                if left == 0 or (eos is not None and ended.all()):
+                    return
+                logits = (self if decode is None else decode)(new[:, None], cache)[:, -1]
 
         return steps() if max_new_tokens else iter(())
 

@@ -25,16 +25,14 @@ class XPOS(RotaryEmbedding):
     Args:
         head_dim: channels of a head; even.
         scale_base: positions over which pair i decays by zeta_i. Half the training length is right; the authors' 512
-            belongs to their 1024. It may be set anew on a made module.
+            belongs to their 1024. May be set anew.
         max_wavelength: pairs with a longer wavelength, in positions, neither rotate nor decay (partial xPos): they
             are content that is compared at any distance. None: all pairs do.
         base, interleaved: see `RotaryEmbedding`.
 
-    `scale` holds zeta as a float32 buffer, (head_dim / 2,), so that state dicts are those of torchscale and zeta. It is
-    a function of head_dim that nothing is computed from; loading other values is an error.
-
-    Raises:
-        ValueError: as `RotaryEmbedding`, or scale_base is not positive.
+    `scale` holds zeta as a float32 buffer, (head_dim / 2,), so that state dicts are those of torchscale and zeta.
+    Nothing is computed from it; loading other values is an error. ValueError if scale_base is not positive, or as
+    `RotaryEmbedding`.
     """
 
     scale: Tensor
@@ -51,7 +49,7 @@ class XPOS(RotaryEmbedding):
         super().__init__(head_dim, base=base, max_wavelength=max_wavelength, interleaved=interleaved)
         self.scale_base = scale_base
         self.register_buffer("scale", torch.tensor(zetas(self.head_dim), dtype=torch.float32))
-        self.register_load_state_dict_pre_hook(own_scale)
+        self.register_load_state_dict_pre_hook(replace_scale)
 
     @property
     def scale_base(self) -> float:
@@ -62,10 +60,9 @@ class XPOS(RotaryEmbedding):
         if not 0 < value < math.inf:
             raise ValueError(f"scale_base must be above 0 and finite, got {value}")
         self._scale_base = value
-        angles = [rate.imag for rate in self.rates]
         self.rates = [
-            complex(math.log(zeta) / value, angle) if angle else 0j
-            for zeta, angle in zip(zetas(self.head_dim), angles, strict=True)
+            complex(math.log(zeta) / value, rate.imag) if rate else 0j
+            for zeta, rate in zip(zetas(self.head_dim), self.rates, strict=True)
         ]
 
     def extra_repr(self) -> str:
@@ -75,31 +72,27 @@ class XPOS(RotaryEmbedding):
         """Encode x (..., seq_len, head_dim), all queries or all keys, as torchscale and zeta do; x's shape and dtype.
 
         Row j is rotated by position offset + j and scaled by zeta^(e/scale_base) with the length-centred
-        e = offset + j - (seq_len + offset + 1) // 2. Queries and keys therefore fit together if seq_len + offset is the
-        same for both. The factors grow with seq_len, as theirs do, and overflow at about 140 scale_base rows in float32
-        and 17 in float16. `rotate` needs no such care.
+        e = offset + j - (seq_len + offset + 1) // 2; `downscale`, for keys, scales by the inverse. Queries and keys
+        therefore fit together if seq_len + offset is the same for both. The factors grow with seq_len, as theirs do,
+        and overflow at about 140 scale_base rows in float32 and 17 in float16. `rotate` needs no such care.
 
-        Args:
-            x: any floating dtype; computed in float32 at least.
-            offset: position of x's first row; an integer or an integer tensor with one element.
-            downscale: False for queries, True (the inverse scaling) for keys.
-
-        Raises:
-            ValueError: x is no floating-point tensor of that width, or offset is negative or no integer.
+        ValueError if x is no floating-point tensor of that width, or offset is neither an integer from 0 on nor an
+        integer tensor with one element.
         """
         positions, offset = self._positions(x, offset)
         exponents = positions - (x.shape[-2] + offset + 1) // 2
         cos, sin, up, down = self.table(positions, at_least_float32(x.dtype), exponents)
         return rotate_pairs(x, cos, sin, down if downscale else up, self.interleaved)
 
-    def _renew(self) -> None:
-        super()._renew()
-        if "scale" in dict(self.named_buffers(recurse=False)):  # .half() rounded it, .to_empty() left it undefined
-            self.scale = torch.tensor(zetas(self.head_dim), dtype=torch.float32, device=self.scale.device)
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # .half() rounded it, .to_empty() left it undefined
+        self.scale = torch.tensor(zetas(self.head_dim), dtype=torch.float32, device=self.scale.device)
+        return self
 
 
-def own_scale(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Before a state dict is loaded: a `scale` that is ours but for its dtype becomes ours, another is an error."""
+def replace_scale(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Before a state dict is loaded: a `scale` that is zeta up to its dtype becomes zeta, another is an error."""
     assert isinstance(module, XPOS)
     loaded = state_dict.get(prefix + "scale")
     own = torch.tensor(zetas(module.head_dim), dtype=torch.float32, device="cpu")

@@ -1,0 +1,115 @@
+"""The thresholds of the extrapolation measure, fixed before any run: what is claimed, and whether it held."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pandas as pd
+
+from train.measure import Results, by_window, estimate, in_lengths
+
+Line = tuple[str, str]  # an encoding in a mode
+Losses = dict[Line, dict[float, pd.DataFrame]]  # `by_window`, by context in trained lengths
+Figures = tuple[float, float, float]  # a mean and its 95 % interval
+Judge = Callable[[Losses], tuple[bool | None, str]]  # whether the claim held, None if it only reports; the figure
+
+
+class Threshold(NamedTuple):
+    """A claim on some lines that can be told from contexts of `least` L, and is met only at `reach` L."""
+
+    claim: str
+    lines: tuple[Line, ...]
+    least: int
+    reach: int
+    judge: Judge
+
+    def verdict(self, losses: Losses) -> str:
+        if lacking := [" ".join(line) for line in self.lines if line not in losses]:
+            return f"not measured: {self.claim}: {lacking[0]} is not in this matrix"
+        lines = [losses[line] for line in self.lines]
+        if any(not each[1].index.equals(lines[0][1].index) for each in lines):
+            return f"not measured: {self.claim}: the two have other seeds"
+        longest = min(map(max, lines))
+        ends = f"contexts end at {in_lengths(int(4 * longest), 4)}"
+        if longest < self.least:
+            return f"not measured: {self.claim}: {ends}"
+        met, figure = self.judge(losses)
+        if met is None:
+            return f"reported, whichever way it falls: {self.claim}: {figure}"
+        if met and longest < self.reach:
+            return f"not measured: {self.claim}: {ends}, there {figure}"
+        return f"{'met' if met else 'MISSED'}: {self.claim}: {figure}"
+
+
+def nats(figures: Figures, digits: int = 3) -> str:
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*figures, d=digits)
+
+
+def rises(losses: Losses, line: Line, reach: int) -> dict[float, Figures]:
+    """From L to each context above it, up to `reach` L."""
+    of = losses[line]
+    return {multiple: estimate(of[multiple] - of[1]) for multiple in sorted(of) if 1 < multiple <= reach}
+
+
+def rise_at(line: Line, multiple: int, holds: Callable[[float], bool]) -> Judge:
+    def judge(losses: Losses) -> tuple[bool, str]:
+        rise = rises(losses, line, multiple)[multiple]
+        return holds(rise[0]), nats(rise)
+
+    return judge
+
+
+def flat(losses: Losses) -> tuple[bool, str]:
+    multiple, rise = max(rises(losses, ("xPos", "BCA"), 64).items(), key=lambda item: item[1][2])
+    return rise[2] <= 0.02, f"at most {nats(rise, 4)}, at {multiple:g} L"
+
+
+def open_context(mode: str) -> Judge:
+    def judge(losses: Losses) -> tuple[bool, str]:
+        xpos, rope = (rises(losses, (encoding, mode), 32) for encoding in ("xPos", "RoPE"))
+        worst, farthest = max(xpos.values()), max(xpos)
+        collapsed = rope[farthest][0] > 1 or farthest < 32  # not asked before
+        return worst[0] <= 0.1 and collapsed, f"xPos at most {nats(worst)}, RoPE {nats(rope[farthest])}"
+
+    return judge
+
+
+def fair_win(losses: Losses) -> tuple[None, str]:
+    xpos, rope = (losses[encoding, "BCA"] for encoding in ("xPos", "RoPE"))
+    return None, f"{nats(estimate(xpos[4] - xpos[1] - (rope[4] - rope[1])), 4)} nats"
+
+
+def recompute(losses: Losses) -> tuple[bool, str]:
+    ours, theirs = (losses["xPos", mode] for mode in ("BCA", "recompute"))
+    found = {multiple: estimate(ours[multiple] - theirs[multiple]) for multiple in sorted(ours) if 1 < multiple <= 64}
+    multiple, difference = max(found.items(), key=lambda item: item[1][0])
+    return difference[0] <= 0.01, f"at most {nats(difference, 4)}, at {multiple:g} L"
+
+
+XPOS, ROPE, BCA, RECOMPUTE = ("xPos", "dense"), ("RoPE", "dense"), ("xPos", "BCA"), ("xPos", "recompute")
+OPEN = "open context, with {} xPos dense is within 0.1 nats of L up to 32 L, where RoPE is above 1 nat"
+FLAT = "flat, xPos BCA is within +0.02 nats of L up to 64 L (upper end of the interval)"
+FAIR = "fair win, from L to 4 L xPos BCA rises more than RoPE BCA by"
+NO_WORSE = (
+    "no worse than recompute, xPos BCA is up to 64 L within 0.01 nats of recomputing the last L at a stride of L/2"
+)
+THRESHOLDS = [
+    Threshold(
+        "collapse, RoPE dense at 4 L is at least 1 nat above L", (ROPE,), 4, 4, rise_at(ROPE, 4, lambda x: x >= 1)
+    ),
+    Threshold("xPos dense at 2 L is within 0.05 nats of L", (XPOS,), 2, 2, rise_at(XPOS, 2, lambda x: x <= 0.05)),
+    Threshold(FLAT, (BCA,), 2, 64, flat),
+    *(
+        Threshold(OPEN.format(name), (("xPos", mode), ("RoPE", mode)), 2, 32, open_context(mode))
+        for name, mode in (("log-n scaling", "log-n"), ("a soft tail", "tail"))
+    ),
+    Threshold(FAIR, (BCA, ("RoPE", "BCA")), 4, 4, fair_win),
+    Threshold(NO_WORSE, (BCA, RECOMPUTE), 2, 64, recompute),
+]
+
+
+def verdicts(results: Results) -> list[str]:
+    """Every threshold: met or missed with its figure and 95 % interval, or why it is not measured."""
+    losses: Losses = {}
+    for (encoding, mode, context), group in results.tables["loss"].groupby(["encoding", "mode", "context"]):
+        losses.setdefault((encoding, mode), {})[context / results.length] = by_window(group)
+    return [threshold.verdict(losses) for threshold in THRESHOLDS]

@@ -1,0 +1,108 @@
+"""What TorchInductor generates: its values, how many kernels it takes, and that it runs without the library."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from reference import PATTERNS, assert_block_is_exact, block, model, normal, relative_error, roundoff, tokens
+from torch import Tensor
+from torch._inductor import config, metrics
+
+from xpos_zoo import XPOS, LogNScaling, MultiHeadAttention
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+@pytest.mark.parametrize(
+    ("dtype", "interleaved"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)]
+)
+def test_queries_and_keys_rotate_in_a_kernel_besides_that_of_their_table(dtype, interleaved, compiler_counts):
+    """And with gradients it is one kernel more."""
+    xpos, at = XPOS(16, interleaved=interleaved), torch.arange(64)
+    q, k = (normal(i, 2, 4, 64, 16, dtype=dtype) for i in range(2))
+
+    def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return xpos.rotate(q, k, at, at, origin=32)
+
+    with config.patch(force_disable_caches=True):
+        for gradients in (0, 1):
+            torch._dynamo.reset()
+            metrics.reset()
+            q, k = (t.requires_grad_(bool(gradients)) for t in (q, k))
+            rotated, expected = torch.compile(rotate, fullgraph=True)(q, k), rotate(q, k)
+            pairs = list(zip(rotated, expected, strict=True))
+            if gradients:
+                upstream = [normal(8, *q.shape, dtype=dtype)] * 2
+                both = (torch.autograd.grad(output, (q, k), upstream) for output in (rotated, expected))
+                pairs += zip(*both, strict=True)
+            assert all(relative_error(*pair) <= 4 * roundoff(dtype) for pair in pairs)
+            assert metrics.generated_kernel_count <= 2 + gradients
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_numbers_that_float32_cannot_hold_reach_the_tables_whole(device, compiler_counts):
+    """In code for any length they are inputs, which kernels on CUDA may take as float32."""
+    xpos = XPOS(16, scale_base=333.3, base=12345.6).to(device)
+    compiled = torch.compile(xpos.rotate, fullgraph=True, dynamic=True)
+    for n in (1000, 1500):
+        q, k = (normal(i, n, 16, dtype=torch.float64).to(device) for i in range(2))
+        at = torch.arange(n, device=device)
+        for ours, expected in zip(compiled(q, k, at, at), xpos.rotate(q, k, at, at), strict=True):
+            assert relative_error(ours, expected) <= 100 * roundoff(torch.float64)
+
+
+def test_the_block_is_as_exact(compiler_counts):
+    def run(module: MultiHeadAttention, x: Tensor) -> Tensor:
+        torch._dynamo.mark_dynamic(x, 1)
+        return compiled(module, x)
+
+    compiled = torch.compile(MultiHeadAttention.forward, fullgraph=True)
+    module = block(num_kv_heads=2, query_scaling=LogNScaling(0.5, 10), block_size=12)
+    for n in (30, 36):  # blocks are full or not
+        assert_block_is_exact(module, normal(0, 2, n, 32), run)
+
+
+@PATTERNS
+def test_a_step_draws_the_same_tokens_from_one_graph(block_size, compiler_counts):
+    transformer = model(1, block_size=block_size).eval().requires_grad_(False)
+    for parameter in transformer.parameters():
+        parameter.data *= 6  # so that logits are far apart
+    decode = torch.compile(transformer, fullgraph=True)
+    ours, expected = (transformer.generate(tokens(3, 11), 100, temperature=0, decode=each) for each in (decode, None))
+    assert torch.equal(ours, expected)
+    assert compiler_counts["stats"]["unique_graphs"] == 1
+    assert not compiler_counts["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch of itself
+@PATTERNS
+def test_an_exported_block_gives_the_same_numbers_and_needs_nothing_of_ours(block_size, tmp_path, compiler_counts):
+    """With dynamic batch and length; blockwise for lengths above two blocks, and packaged as generated code, too."""
+    module = block(block_size=block_size).requires_grad_(False)
+    shortest = 2 if block_size is None else 2 * block_size + 1
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=shortest, max=256)
+    program = torch.export.export(
+        module,
+        (normal(0, 3, 40, 32),),
+        dynamic_shapes={"x": {0: batch, 1: length}},
+        prefer_deferred_runtime_asserts_over_guards=True,  # it cannot prove that padding never shortens
+    )
+    torch.export.save(program, tmp_path / "block.program")
+    load = "torch.export.load(sys.argv[1] + '/block.program').module()"
+    if block_size is not None:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "block.pt2"))
+        load += ", torch._inductor.aoti_load_package(sys.argv[1] + '/block.pt2')"
+    script = (
+        f"import sys, torch; calls = [{load}]; inputs = torch.load(sys.argv[1] + '/inputs'); "
+        "outputs = [call(x) for call in calls for x in inputs]; "
+        "assert 'xpos_zoo' not in sys.modules; torch.save(outputs, sys.argv[1] + '/outputs')"
+    )
+    given = [normal(n, 2 + n % 3, n, 32) for n in (shortest, 40, 57, 256)]
+    torch.save(given, tmp_path / "inputs")
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
+    outputs = torch.load(tmp_path / "outputs")
+    assert len(outputs) == len(given) * (1 if block_size is None else 2)
+    for output, x in zip(outputs, given * 2, strict=False):
+        assert relative_error(output, module(x)) <= 100 * roundoff(torch.float32)
