@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from train.errors import UserError
 from train.tokens import BYTES
 from xpos_zoo import XPOS, PositionModule, RotaryEmbedding, Transformer
+from xpos_zoo.pretrained import from_named
 
 POSITIONS = (XPOS, RotaryEmbedding)  # imported, so that YAML can name them without their module
 UNSET_SCALE_BASE = 512  # XPOS's own default, which belongs to a training length of 1024
@@ -43,6 +44,8 @@ class LanguageModel(L.LightningModule):
             place of the library's default of 512 in `positions`.
         embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, dropout: see `Transformer`.
         block_size: of blockwise attention, or null for dense; or a list with one for each layer.
+        distance_bias: what logits become by distance: a class of the library and its arguments, such as
+            `{name: ScaleInvariant, tau: 10}`.
         learning_rate: at the end of the warm-up.
         warmup_steps: steps over which the learning rate rises to it.
         schedule: what it does from then on: falls to a tenth as a cosine, falls there linearly, stays constant, or
@@ -67,6 +70,7 @@ class LanguageModel(L.LightningModule):
         num_kv_heads: int | None = None,
         hidden_dim: int | None = None,
         block_size: int | list[int | None] | None = None,
+        distance_bias: dict[str, Any] | None = None,
         dropout: float = 0.0,
         learning_rate: float = 2e-3,
         warmup_steps: int = 100,
@@ -101,9 +105,10 @@ class LanguageModel(L.LightningModule):
                 hidden_dim=hidden_dim,
                 dropout=dropout,
             )
+            self.transformer.distance_bias = from_named("distance_bias", distance_bias)
         except UserError:
             raise
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"model: {error}") from error
         if any(isinstance(attention.positions, XPOS) for attention in self.transformer.attentions):
             self.hparams["scale_base"] = own_scale_base  # what a checkpoint of another length was trained with
