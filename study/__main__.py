@@ -154,4 +154,4 @@ def complete(measurement: Measurement, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    command(study, None)
+    command(study)

@@ -193,4 +193,4 @@ def context_use(runs: list[str], output: str = "runs/context_use", longest: int 
 
 
 if __name__ == "__main__":
-    command(context_use, None)
+    command(context_use)

@@ -18,4 +18,4 @@ def demo() -> None:
 
 
 if __name__ == "__main__":
-    command(demo, None)
+    command(demo)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from train.__main__ import main as train
-from train.data import RandomBatches, check_sizes, loader
+from train.data import RandomBatches, check_sizes
 from train.errors import UserError
 from train.extrapolate import TOKENS_AT_ONCE
 from train.language_model import IGNORED
@@ -154,7 +154,7 @@ class RecallData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         options = self.options
         batches = RandomBatches.of_training(self.trainer, NUMBERS, options.batch_size, options.seed)
-        return loader(self._windows("train", NUMBERS), options.num_workers, batch_sampler=batches)
+        return DataLoader(self._windows("train", NUMBERS), num_workers=options.num_workers, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader:
         return self._held_out("val")
@@ -164,7 +164,7 @@ class RecallData(L.LightningDataModule):
 
     def _held_out(self, split: str) -> DataLoader:
         windows = self._windows(split, self.options.val_windows)
-        return loader(windows, self.options.num_workers, batch_size=self.options.batch_size)
+        return DataLoader(windows, self.options.batch_size, num_workers=self.options.num_workers)
 
     def _windows(self, split: str, count: int) -> RecallWindows:
         return RecallWindows(self.options.context_length, self.options.couples, split, count)

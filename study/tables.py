@@ -145,4 +145,4 @@ def write_documents() -> None:
 
 
 if __name__ == "__main__":
-    command(write_documents, None)
+    command(write_documents)

@@ -237,7 +237,7 @@ def test_texts_come_back_whatever_their_sizes(texts: list[str], tmp_path_factory
     corpus = text_data(folder / "a", folder / "cache").corpus
     expected = b"".join(text.encode() + b"\0" for text in texts if text)
     assert bytes(corpus.read(0, len(expected))) == expected
-    assert int(corpus.part_ends[-1]) == len(expected)
+    assert len(corpus.tokens) == len(expected)
 
 
 @pytest.mark.parametrize("files", [1, 2])
@@ -247,7 +247,15 @@ def test_too_few_documents_are_cut_and_no_token_is_in_two_splits(files: int, tmp
         parts = [bytes(corpus.splits[name][i].tokens) for name in SPLITS]
         assert b"".join(parts) == path.read_bytes()
         assert [round(len(part) / path.stat().st_size, 2) for part in parts] == [0.6, 0.2, 0.2]
-    assert sum(corpus.splits[name].size for name in SPLITS) == corpus.part_ends[-1]
+    assert sum(corpus.splits[name].size for name in SPLITS) == len(corpus.tokens)
+
+
+def test_of_a_document_too_short_to_be_cut_no_token_is_lost(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "a", files=1)
+    (folder / "short.txt").write_text("a")
+    corpus = text_data(folder, tmp_path / "cache").corpus
+    parts = [bytes(document.tokens) for name in SPLITS for document in corpus.splits[name] if "short" in document.name]
+    assert sorted(parts) == [b"", b"", b"a"]
 
 
 def test_all_of_an_outermost_folder_is_held_out_together(tmp_path: Path) -> None:

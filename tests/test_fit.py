@@ -99,8 +99,11 @@ def test_print_config_prints_what_would_be_run_and_runs_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_keeps_the_configuration_that_repeats_it(tmp_path: Path) -> None:
+def test_a_run_keeps_the_configuration_that_repeats_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = fit(tmp_path, model__positions__scale_base=5, seed_everything=3)
+    capsys.readouterr()
+    main(["fit", "--config", str(first / "config.yaml")])
+    assert f"{first / LAST} is finished" in capsys.readouterr().out
     main(["fit", "--config", str(first / "config.yaml"), "--name", "again"])
     again = tmp_path / "runs" / "again" / "seed3"
     assert same(read_checkpoint(again)["state_dict"], read_checkpoint(first)["state_dict"])

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from train.callbacks import SampleText, Throughput
-from train.checkpoint import CheckpointFiles, difference, find_checkpoint, last_checkpoint_of, load_checkpoint
+from train.checkpoint import FREE, CheckpointFiles, difference, find_checkpoint, last_checkpoint_of, load_checkpoint
 from train.data import TextData
 from train.errors import UserError, errors_in_one_line
 from train.files import replacing
@@ -22,13 +22,11 @@ from train.language_model import LanguageModel
 
 CALLBACKS = (SampleText, Throughput)  # imported, so that YAML can name them without their module
 DEFAULTS = Path(__file__).parents[1] / "configs" / "cpu.yaml"
-# What a run goes on with may differ from what it was begun with in these, which do not change its numbers, ...
-FREE = {"model": {"compile", "checkpoint_activations"}, "data": {"num_workers", "cache"}}
-# ... and in all of the trainer's options but these, which do.
+# The trainer's options that a run's numbers depend on.
 BOUND = {"max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision"}
-# A checkpoint fits a model that differs from its own in these alone.
-TRAINING = ("learning_rate", "warmup_steps", "weight_decay", "schedule", "dropout", "compile", "checkpoint_activations")
-ELSEWHERE = ("context_length", "block_size", "_instantiator")
+# The model's options in which a checkpoint may differ from the model that it is loaded into.
+TRAINING = FREE | {"learning_rate", "warmup_steps", "weight_decay", "schedule", "dropout", "_instantiator"}
+LENGTHS = {"context_length", "block_size"}
 ANOTHER_NAME = "give this one a --name of its own, or remove that folder"
 
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # what NumPy takes
@@ -69,11 +67,11 @@ class RunCLI(LightningCLI):
 
     @property
     def run_folder(self) -> Path:
-        configs = self.options.config or []
-        name = self.options.name or (Path(str(configs[-1])).stem if configs else "unnamed")
-        return Path(self.options.runs) / name / f"seed{self.options.seed_everything}"
+        return Path(self.options.runs) / self.options.name / f"seed{self.options.seed_everything}"
 
     def before_instantiate_classes(self) -> None:
+        if not self.options.name:
+            self.options.name = Path(str(self.options.config[-1])).stem if self.options.config else "unnamed"
         options = self.options.trainer
         if options.max_steps <= 0:
             raise UserError(
@@ -122,8 +120,7 @@ class RunCLI(LightningCLI):
             if done >= steps or (early and self.trainer.early_stopping_callbacks):
                 print(f"{begin} is finished, with {done} of {steps} steps; nothing to train in {folder}")
                 return
-        self.datamodule.prepare_data()  # complains about the text before the trainer writes its first file
-        self.datamodule.setup("fit")
+        self.datamodule.setup("fit")  # complains about the text before the trainer writes its first file
         if checkpoint is not None:
             self._check_text(checkpoint, begin)
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +144,7 @@ class RunCLI(LightningCLI):
         except SystemExit:  # how Lightning ends after an interruption
             raise KeyboardInterrupt from None
         done = trainer.global_step >= trainer.max_steps or trainer.should_stop
-        if done and not self.options.trainer.fast_dev_run:
+        if done and trainer.checkpoint_callback and not self.options.trainer.fast_dev_run:
             trainer.save_checkpoint(last_checkpoint_of(self.run_folder), weights_only=False)
 
     def validate(self, **kwargs: Any) -> None:
@@ -164,10 +161,8 @@ class RunCLI(LightningCLI):
     def _checkpoint(self, path: Path) -> dict[str, Any]:
         """The checkpoint, which is one of this model, though it may have been trained otherwise."""
         checkpoint = load_checkpoint(path)
-        there, here = (dict(hparams) for hparams in (checkpoint["hyper_parameters"], self.model.hparams))
-        for name in (*TRAINING, *ELSEWHERE):
-            there.pop(name, None)
-            here.pop(name, None)
+        free, both = TRAINING | LENGTHS, (checkpoint["hyper_parameters"], self.model.hparams)
+        there, here = ({k: v for k, v in each.items() if k not in free} for each in both)
         if changed := difference(there, here, "model"):
             raise UserError(f"{path} belongs to another model: {changed}")
         return checkpoint
@@ -184,9 +179,9 @@ class RunCLI(LightningCLI):
 
 def what_counts(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that its numbers depend on."""
-    counts = {"seed_everything": config["seed_everything"]}
-    counts |= {group: {k: v for k, v in config[group].items() if k not in names} for group, names in FREE.items()}
-    return counts | {"trainer": {name: config["trainer"][name] for name in BOUND}}
+    counts = {group: {k: v for k, v in config[group].items() if k not in FREE} for group in ("model", "data")}
+    trainer = {name: config["trainer"][name] for name in BOUND}
+    return counts | {"seed_everything": config["seed_everything"], "trainer": trainer}
 
 
 def check_same_run(folder: Path, config: dict[str, Any]) -> None:

@@ -44,12 +44,14 @@ class SampleText(L.Callback):
         self.options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None) or byte_tokenizer()  # type: ignore[attr-defined]
+        prompt = tokenizer.encode(self.prompt, add_special_tokens=False).ids
+        if not prompt:
+            raise UserError(f"SampleText.prompt must have at least one token, got {self.prompt!r}")
         # A sharded model is whole in a forward pass of all processes alone.
         if trainer.sanity_checking or not trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy):
             return
         model: Any = pl_module.transformer
-        tokenizer = getattr(trainer.datamodule, "tokenizer", None) or byte_tokenizer()  # type: ignore[attr-defined]
-        prompt = tokenizer.encode(self.prompt, add_special_tokens=False).ids
         try:
             drawn = model.generate(torch.tensor([prompt], device=pl_module.device), self.max_new_tokens, **self.options)
         except ValueError as error:

@@ -11,6 +11,7 @@ from train.errors import UserError
 from train.files import replacing
 
 CONTENT = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step"}
+FREE = {"num_workers", "cache", "compile", "checkpoint_activations"}  # options of data and model that change no number
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
@@ -66,9 +67,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def difference(there: Any, here: Any, name: str = "") -> str:
     """The first setting below `name` in which two configurations differ, in words; nothing if there is none."""
-    if there == here:
-        return ""
     if isinstance(there, dict) and isinstance(here, dict):
-        inner = next(key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key))
-        return difference(there.get(inner), here.get(inner), f"{name}.{inner}" if name else inner)
-    return f"{name}: {there} there, {here} here"
+        keys = sorted(there.keys() | here.keys())
+        found = (difference(there.get(key), here.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+        return next(filter(None, found), "")
+    return "" if there == here else f"{name}: {there} there, {here} here"

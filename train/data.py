@@ -3,7 +3,7 @@
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -38,8 +38,9 @@ class Document:
 
 
 @cache
-def cached_tokenizer(content: str) -> Tokenizer:
-    return tokenizer_from(content)
+def tokenizer_and_separator(content: str) -> tuple[Tokenizer, int | None]:
+    tokenizer = tokenizer_from(content)
+    return tokenizer, separator(tokenizer)
 
 
 def digest(text: str) -> int:
@@ -53,9 +54,8 @@ def tokenise(batch: dict[str, list[Any]], content: str, dtype: str, split_by: Sp
     A document ends in a separator, which counts as a byte. Its place in [0, 1) decides on its split: a hash of its name
     alone, or of the name's first part.
     """
-    tokenizer = cached_tokenizer(content)
+    tokenizer, end = tokenizer_and_separator(content)
     encoded = tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)
-    end = separator(tokenizer)
     ends = [[end] * last for last in batch["last"]]
     names = [name if split_by == "file" else name.split("/", 1)[0] for name in batch["name"]]
     return {
@@ -107,8 +107,7 @@ class Corpus:
         last = np.flatnonzero(columns["last"].to_numpy())
         self.names = columns["name"]
         self.digest = hashlib.sha256(columns["digest"].to_numpy().tobytes()).hexdigest()
-        self.parts = [chunk.flatten().to_numpy() for chunk in columns["tokens"].chunks]
-        self.part_ends = np.cumsum([len(part) for part in self.parts])
+        self.tokens = pa.chunked_array([chunk.flatten() for chunk in columns["tokens"].chunks])
         ends = np.cumsum(np.concatenate([chunk.value_lengths() for chunk in columns["tokens"].chunks]))[last]
         lengths = np.diff(ends, prepend=0)
         sizes = np.diff(np.cumsum(columns["bytes"].to_numpy())[last], prepend=0)
@@ -132,18 +131,7 @@ class Corpus:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop` of all."""
-        return joined(self.part_ends, start, stop, lambda i, a, b: self.parts[i][a - self.part_ends[i] :][: b - a])
-
-
-def joined(ends: np.ndarray, start: int, stop: int, piece: Callable[[int, int, int], np.ndarray]) -> np.ndarray:
-    """From `start` to `stop` in a row of pieces that end at `ends`, of which piece(i, a, b) is the i-th from a to b."""
-    found = []
-    while start < stop:
-        i = int(np.searchsorted(ends, start, side="right"))
-        end = min(stop, int(ends[i]))
-        found.append(piece(i, start, end))
-        start = end
-    return np.concatenate(found)
+        return self.tokens.slice(start, stop - start).to_numpy()
 
 
 class Split(Sequence[Document]):
@@ -154,7 +142,7 @@ class Split(Sequence[Document]):
     ):
         self.corpus, self.rows, self.starts, self.stops = corpus, rows, starts, stops
         self.tokens_per_byte = ratio
-        self.whole = stops == ends  # with the separator at its end
+        self.whole = (starts < stops) & (stops == ends)  # with the separator at its end
         self.row_ends = np.cumsum(stops - starts)
         self.size = int(self.row_ends[-1])  # tokens, separators included
 
@@ -169,12 +157,13 @@ class Split(Sequence[Document]):
 
     def read(self, start: int, length: int) -> np.ndarray:
         """`length` tokens of the row."""
-
-        def piece(i: int, a: int, b: int) -> np.ndarray:
-            shift = int(self.stops[i] - self.row_ends[i])
-            return self.corpus.read(a + shift, b + shift)
-
-        return joined(self.row_ends, start, start + length, piece)
+        stop = start + length
+        first, last = np.searchsorted(self.row_ends, (start, stop - 1), side="right")
+        within = slice(first, last + 1)
+        ends = np.minimum(self.row_ends[within], stop)
+        shifts = self.stops[within] - self.row_ends[within]
+        places = np.stack((np.append(start, ends[:-1]) + shifts, ends + shifts), 1)  # in the corpus
+        return np.concatenate([self.corpus.read(*place) for place in places.tolist()])
 
 
 class Windows(Dataset[Tensor | tuple[Tensor, ...]]):
@@ -218,11 +207,6 @@ class RandomBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first, self.last):
             yield np.random.default_rng((self.seed, step, self.rank)).integers(self.size, size=self.batch_size).tolist()
-
-
-def loader(windows: Dataset[Any], num_workers: int, **batches: Any) -> DataLoader:
-    """Draws no random number of the process: one that goes on may not validate where it did not before."""
-    return DataLoader(windows, num_workers=num_workers, generator=torch.Generator(), **batches)
 
 
 def check_sizes(*sizes: tuple[str, int, int]) -> None:
@@ -331,9 +315,6 @@ class TextData(L.LightningDataModule):
         """What a checkpoint keeps: the text's hash, and the tokenizer, without which its model is of no use."""
         return {"text_sha256": self.corpus.digest, "tokenizer": self.tokenizer.to_str()}
 
-    def prepare_data(self) -> None:
-        _ = self.corpus
-
     def setup(self, stage: str) -> None:
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:
             self._windows(split)
@@ -341,7 +322,7 @@ class TextData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         windows, options = self._windows("train"), self.options
         batches = RandomBatches.of_training(self.trainer, len(windows), options.batch_size, options.seed)
-        return loader(windows, options.num_workers, batch_sampler=batches)
+        return DataLoader(windows, num_workers=options.num_workers, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader:
         return self._held_out("val")
@@ -352,7 +333,7 @@ class TextData(L.LightningDataModule):
     def _held_out(self, split: str) -> DataLoader:
         options = self.options
         stride = max(options.context_length, math.ceil(len(self._windows(split)) / options.max_val_windows))
-        return loader(self._windows(split, stride), options.num_workers, batch_size=options.batch_size)
+        return DataLoader(self._windows(split, stride), options.batch_size, num_workers=options.num_workers)
 
     def _windows(self, split: str, stride: int = 1) -> Windows:
         documents, length = self.documents(split), self.options.context_length + 1

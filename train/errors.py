@@ -35,7 +35,7 @@ def errors_in_one_line(*more: type[Exception]) -> Iterator[None]:
         sys.exit(130)
 
 
-def command(work: Callable[..., Any], args: list[str] | None) -> None:
+def command(work: Callable[..., Any], args: list[str] | None = None) -> None:
     """Call `work` with the command line `args`, by default this process's.
 
     Its parameters are the options, its docstring their help, that of its module the command's; `runs` comes first.

@@ -1,5 +1,6 @@
 """`python -m train.export --checkpoint runs/xpos/seed1 --output mine/`: a model for `Transformer.from_pretrained`."""
 
+from functools import partial
 from pathlib import Path
 
 from train.checkpoint import find_checkpoint, load_checkpoint
@@ -43,8 +44,7 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
     print(f"{output}: a {trained} model of {sum(p.numel() for p in model.parameters()):,} weights from {path}")
 
 
-def main(args: list[str] | None = None) -> None:
-    command(export, args)
+main = partial(command, export)
 
 
 if __name__ == "__main__":

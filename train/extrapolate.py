@@ -196,4 +196,4 @@ def extrapolate(
 
 
 if __name__ == "__main__":
-    command(extrapolate, None)
+    command(extrapolate)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -89,7 +90,7 @@ class LanguageModel(L.LightningModule):
             raise UserError(f"model.weight_decay must be 0 or above, got {weight_decay}")
         self.save_hyperparameters()
         self.options: Any = self.hparams
-        self._random_state: dict[str, Tensor] | None = None
+        self.seed = torch.initial_seed()  # of dropout
         own_scale_base = context_length / 2 if scale_base is None else scale_base
         many = isinstance(positions, (list, tuple))
         makers = [partial(make_positions, make, own_scale_base) for make in (positions if many else [positions])]
@@ -120,8 +121,8 @@ class LanguageModel(L.LightningModule):
         layers = self.transformer.layers
         if self.options.compile:
             # All layers are one function to the compiler, and each kind of layer has graphs of its own.
-            limit = max(torch._dynamo.config.recompile_limit, GRAPHS * len(layers))
-            torch._dynamo.config.recompile_limit = limit
+            config: Any = torch.compiler.config
+            config.recompile_limit = max(config.recompile_limit, GRAPHS * len(layers))
         for layer in layers:
             if self.options.compile and layer._compiled_call_impl is None:
                 layer.compile(fullgraph=True)
@@ -162,8 +163,6 @@ class LanguageModel(L.LightningModule):
         tokens_per_byte = getattr(getattr(self.trainer, "datamodule", None), "tokens_per_byte", None)
         return loss / math.log(2) * (1.0 if tokens_per_byte is None else tokens_per_byte(split))
 
-    # --- steps -------------------------------------------------------------------------------------------------------
-
     def configure_optimizers(self) -> Any:
         options, steps = self.options, int(self.trainer.estimated_stepping_batches)
         groups = [
@@ -173,9 +172,7 @@ class LanguageModel(L.LightningModule):
         # A fused optimizer unscales float16 gradients in its step, after they are clipped; others have it done before.
         fused = self.trainer.precision != "16-mixed"
         optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=fused)
-        scheduler = LambdaLR(
-            optimizer, partial(schedule_factor, self.options.schedule, self.options.warmup_steps, steps)
-        )
+        scheduler = LambdaLR(optimizer, partial(schedule_factor, options.schedule, options.warmup_steps, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -197,7 +194,10 @@ class LanguageModel(L.LightningModule):
             rates = {name: value for name, value in mine.items() if name not in ("params", "lr")}
             group.update(rates, lr=self.options.learning_rate * factor)
 
-    # --- what checkpoints hold beyond Lightning's own ----------------------------------------------------------------
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Dropout, as the data, depends on these alone: a run that goes on draws what it would have drawn.
+        sequence = np.random.SeedSequence((self.seed, batch_idx, self.global_rank))
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name, weight in checkpoint["state_dict"].items():
@@ -207,17 +207,6 @@ class LanguageModel(L.LightningModule):
                     "checkpoint is from before that; try a lower model.learning_rate or trainer.gradient_clip_val, "
                     "under a --name of its own"
                 )
-        devices = {"cpu", self.device.type}
-        checkpoint["random_state"] = {device: random_numbers(device).get_rng_state() for device in devices}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._random_state = checkpoint.get("random_state")
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        if self._random_state is not None:  # only now nobody draws any more before dropout does
-            for device, state in self._random_state.items():
-                random_numbers(device).set_rng_state(state)
-            self._random_state = None
 
 
 def make_positions(make: Positions, scale_base: float, head_dim: int) -> PositionModule:
@@ -243,8 +232,3 @@ def schedule_factor(schedule: Schedule, warmup: int, steps: int, step: int) -> f
             return LOWEST + (1 - LOWEST) * (1 + math.cos(math.pi * gone)) / 2
         case _:
             return 1 - (1 - LOWEST) * gone
-
-
-def random_numbers(device: str) -> Any:
-    """The module that holds the random state of a kind of device."""
-    return torch.cuda if device == "cuda" else torch.random

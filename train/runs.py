@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from train.checkpoint import difference, load_checkpoint
-from train.data import TextData
+from train.checkpoint import FREE, difference, load_checkpoint
+from train.data import TextData, tokenizer_json_in
 from train.errors import UserError
 from train.language_model import LanguageModel
 from xpos_zoo import Transformer
 
 ENCODINGS = {"XPOS": "xPos", "RotaryEmbedding": "RoPE", "NoPositions": "no positions"}  # as the literature calls them
-FREE = {"_instantiator", "seed", "num_workers", "cache", "compile", "checkpoint_activations"}  # change no number
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,12 @@ def find_runs(folders: Iterable[str | Path], option: str = "paths") -> list[Run]
 def read_run(path: Path) -> Run:
     content = load_checkpoint(path)
     data = {k: v for k, v in content["datamodule_hyper_parameters"].items() if k != "_instantiator"}
-    model = {k: v for k, v in content["hyper_parameters"].items() if k not in FREE}
+    model = {k: v for k, v in content["hyper_parameters"].items() if k not in FREE | {"_instantiator"}}
     positions = {name: model.pop(name) for name in ("positions", "scale_base")}
     layers = positions["positions"] if isinstance(positions["positions"], list) else [positions["positions"]]
     classes = dict.fromkeys(str(layer["class_path"]).rpartition(".")[2] for layer in layers)
-    tokenizer = content.get(TextData.__qualname__, {}).get("tokenizer")
-    recipe = {"data": {k: v for k, v in data.items() if k not in FREE}, "model": model}
+    tokenizer = tokenizer_json_in(content)
+    recipe = {"data": {k: v for k, v in data.items() if k not in FREE | {"seed"}}, "model": model}
     recipe |= {"steps": content["global_step"], "tokenizer": hashlib.sha256(str(tokenizer).encode()).hexdigest()[:8]}
     encoding, sha256 = " and ".join(ENCODINGS.get(name, name) for name in classes), hashlib.sha256(path.read_bytes())
     own = (data["seed"], data["context_length"], data, recipe, positions, tokenizer)

@@ -1,5 +1,6 @@
 """`python -m train.sample --checkpoint runs/xpos/seed1 --prompt "def "`: text from a trained model, as it comes."""
 
+from functools import partial
 from itertools import chain, islice
 
 import torch
@@ -79,8 +80,7 @@ def sample(
     print()
 
 
-def main(args: list[str] | None = None) -> None:
-    command(sample, args)
+main = partial(command, sample)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def tokenizer_from(content: str) -> Tokenizer:
 
 
 def is_bytes(tokenizer: Tokenizer) -> bool:
-    return tokenizer.to_str() == byte_tokenizer().to_str()
+    return tokenizer.get_vocab_size() == BYTES and tokenizer.to_str() == byte_tokenizer().to_str()
 
 
 def separator(tokenizer: Tokenizer) -> int | None:
