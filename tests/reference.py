@@ -56,6 +56,9 @@ class Encoding(NamedTuple):
         kind = RotaryEmbedding if self.scale_base is None else partial(XPOS, scale_base=self.scale_base)
         return kind(head_dim, base=self.base, max_wavelength=self.max_wavelength, interleaved=self.interleaved)
 
+    def with_bias(self, bias: DistanceBias | None) -> "Encoding":
+        return self if bias is None else self._replace(bias=bias_formula(bias), gain=gain_formula(bias))
+
     def angles(self, head_dim: int) -> Tensor:
         """Radians a position of each pair; 0 for those whose wavelength is above max_wavelength."""
         each = theta(head_dim, self.base)
@@ -186,30 +189,26 @@ def placed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, at[k.shape[-2] - q.shape[-2] :], at
 
 
-def biases(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
-    """What is added to the logits of q (b, h, n, d) and k (b, g, m, d), in a shape that broadcasts against them."""
-    if encoding.bias is None:
-        return torch.zeros((), dtype=torch.float64)
-    return encoding.bias(distances(*placed(q, k)[2:], mask)).double()
-
-
-def gains(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
-    """What the logits are multiplied by before that, likewise."""
-    if encoding.gain is None:
-        return torch.ones((), dtype=torch.float64)
-    return encoding.gain(distances(*placed(q, k)[2:], mask)).double()
+def gains_and_biases(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
+    """What logits of q (b, h, n, d) and k (b, g, m, d) are multiplied by, and what is then added to them."""
+    distance = distances(*placed(q, k)[2:], mask)
+    gain = torch.ones_like(distance) if encoding.gain is None else encoding.gain(distance)
+    bias = torch.zeros_like(distance) if encoding.bias is None else encoding.bias(distance)
+    return gain.double(), bias.double()
 
 
 def logits(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """Those of q (b, h, n, d) and k (b, g, m, d), minus infinity where mask (n, m) is False: (b, h, n, m)."""
-    scaled = gains(q, k, mask, encoding) * scores(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
-    return (scaled + biases(q, k, mask, encoding)).masked_fill(~mask, -math.inf)
+    gain, bias = gains_and_biases(q, k, mask, encoding)
+    return (gain * scores(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1]) + bias).masked_fill(~mask, -math.inf)
 
 
 def logit_sizes(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """`score_sizes` over sqrt(d) and the size of the bias, 0 where mask is False; shapes as in `logits`."""
-    scaled = gains(q, k, mask, encoding) * score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
-    return (scaled + biases(q, k, mask, encoding).abs()).masked_fill(~mask, 0)
+    gain, bias = gains_and_biases(q, k, mask, encoding)
+    return (gain * score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1]) + bias.abs()).masked_fill(
+        ~mask, 0
+    )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
@@ -222,17 +221,16 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
 
     Each query comes with keys of its own, decayed by their distance to it, so that no factor exceeds 1.
     """
-    gain = gains(q, k, mask, encoding)[..., None]
+    gain, bias = gains_and_biases(q, k, mask, encoding)
     q, k, q_at, k_at = placed(q, k)
     b, h, n, d = q.shape
     m = k.shape[-2]
     if encoding.bias is not None:  # in float32, which the CPU's attention takes with every dtype
-        bias = biases(q, k, mask, encoding).to(torch.promote_types(q.dtype, torch.float32))
-        mask = torch.where(mask, bias, -math.inf)
+        mask = torch.where(mask, bias.to(torch.promote_types(q.dtype, torch.float32)), -math.inf)
     distance = (q_at[:, None] - k_at).clamp(min=0)
     rows = encode(q, q_at, None, encoding).to(q.dtype)
     keys = encode(k[..., None, :, :].expand(b, h, n, m, d), k_at.expand(n, m), distance, encoding)
-    keys = (gain * keys).to(q.dtype)
+    keys = (gain[..., None] * keys).to(q.dtype)
     with torch.autocast("cpu", enabled=False):
         out = scaled_dot_product_attention(
             rows.reshape(b * h * n, 1, 1, d),
@@ -369,12 +367,19 @@ def assert_block_is_exact(
     actual = results(run, copy.deepcopy(module).to(device), x.to(device))
     q, k, _, mask, encoding = projected(double(module), x.double())
     logit = logit_sizes(q, k, mask, encoding).max().item() if q.numel() else 0
-    largest = max(t.norm() for t in exact)
-    for ours, right, reachable in zip(actual, exact, plain, strict=True):
+    assert_as_exact((actual, exact, plain), logit, encoding, x.dtype, autocast)
+
+
+def assert_as_exact(
+    results: tuple[list[Tensor], ...], logit: float, encoding: Encoding, dtype: torch.dtype, autocast: Any = None
+) -> None:
+    """What `assert_block_is_exact` says, of actual, exact and plain results, with attention logits of that size."""
+    largest = max(t.norm() for t in results[1])
+    for ours, right, reachable in zip(*results, strict=True):
         assert ours.dtype == reachable.dtype
         assert ours.shape == right.shape
         assert ours.isfinite().all()
-        slack = computing(x.dtype, logit, encoding) + luck(autocast or x.dtype, logit, right)
+        slack = computing(dtype, logit, encoding) + luck(autocast or dtype, logit, right)
         assert difference(ours.cpu(), right) <= 2 * difference(reachable, right) + slack * largest
 
 

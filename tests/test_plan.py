@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import PATTERNS, Operations, block, document_ids, model, normal, tokens, visible, within_documents
+from reference import PATTERNS, Operations, block, document_ids, model, tokens, visible, within_documents
 from torch.distributed.utils import _apply_to_tensors
 
 from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail, Transformer
@@ -147,14 +147,3 @@ def test_a_hybrid_gives_the_same_from_a_cache_as_at_once():
     cache = transformer.make_cache(2, 50)
     pieces = [transformer(piece, cache) for piece in words.split([17, 1, 1, 30, 1], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, 1), transformer(words), rtol=1e-5, atol=1e-5)
-
-
-def test_each_layer_of_a_hybrid_attends_in_its_own_way():
-    transformer, x = hybrid(), normal(0, 2, 40, 32)
-    assert transformer.block_size == [4, 8, None]
-    assert transformer.query_scaling == [None, None, LogNScaling(0.3, 10)]
-    changed = x.clone()
-    changed[:, 3] += 1
-    for attention, block_size in zip(transformer.attentions, [4, 8, None], strict=True):
-        reached = (attention(changed) != attention(x)).any(-1).all(0)
-        assert torch.equal(reached, visible(40, block_size)[:, 3])

@@ -12,7 +12,6 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import DTYPES, HALVES, Encoding, encode, normal, relative_error, roundoff, score_sizes, scores, zeta
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from xpos_zoo import XPOS
 
@@ -34,19 +33,21 @@ def subnormal(dtype: torch.dtype) -> float:
 # The documented module
 
 
-def test_the_documented_examples_encode_by_the_formula():
-    xpos = XPOS(head_dim=256)
-    x = torch.randn(1, 10, 256)
-    output = xpos(x)
-    at = torch.arange(10)
+@pytest.mark.parametrize(("head_dim", "n", "options", "sign"), [(256, 10, {}, 1), (512, 20, {"downscale": True}, -1)])
+def test_the_documented_examples_encode_by_the_formula(head_dim, n, options, sign):
+    x, offset = normal(0, 1, n, head_dim), 2 if options else 0
+    at = torch.arange(n) + offset
+    expected = encode(x, at, sign * (at - (n + offset) // 2), Encoding(512))
     # Cosine, decay, their product, the rotation's product and sum: five roundings.
-    assert relative_error(output, encode(x, at, at - 5, Encoding(512))) <= 5 * roundoff(torch.float32)
+    assert relative_error(XPOS(head_dim)(x, offset=offset, **options), expected) <= 5 * roundoff(torch.float32)
 
-    xpos = XPOS(head_dim=512)
-    x = torch.randn(1, 20, 512)
-    output = xpos(x, offset=2, downscale=True)
-    at = torch.arange(2, 22)
-    assert relative_error(output, encode(x, at, 11 - at, Encoding(512))) <= 5 * roundoff(torch.float32)
+
+def assert_scores(q, k, q_at, k_at, rotated_q, rotated_k, encoding, bits, tolerance):
+    assert rotated_q.dtype == rotated_k.dtype == q.dtype
+    error = (rotated_q.double() @ rotated_k.double().mT - scores(q, k, q_at, k_at, encoding)).abs()
+    underflow = subnormal(q.dtype) * (q.double().norm() + k.double().norm()) * 2**bits
+    tolerance *= score_tolerance(q.dtype)
+    assert (error <= tolerance * score_sizes(q, k, q_at, k_at, encoding) + underflow).all()
 
 
 @given(
@@ -71,11 +72,8 @@ def test_queries_and_keys_that_end_together_score_by_the_formula(
     xpos = encoding.module(head_dim)
     assert isinstance(xpos, XPOS)
     encoded_q, encoded_k = xpos(q, offset=total - n), xpos(k, offset=total - m, downscale=True)
-    assert encoded_q.dtype == encoded_k.dtype == dtype
-    error = (encoded_q.double() @ encoded_k.double().mT - scores(q, k, q_at, k_at, encoding)).abs()
-    tolerance = score_tolerance(dtype) * (1e6 if dtype == torch.float64 else 1)  # angles up to 1e6 in float64
-    underflow = subnormal(dtype) * (q.double().norm() + k.double().norm()) * 2**bits
-    assert (error <= tolerance * score_sizes(q, k, q_at, k_at, encoding) + underflow).all()
+    tolerance = 1e6 if dtype == torch.float64 else 1  # angles up to 1e6 in float64
+    assert_scores(q, k, q_at, k_at, encoded_q, encoded_k, encoding, bits, tolerance)
 
 
 # The rotation that attention asks for
@@ -99,12 +97,9 @@ def test_scores_equal_the_formula(head_dim, n, m, start, lag, shift, scale_base,
     bits = (torch.cat((q_at, k_at)) - origin).abs().max().item() * FASTEST / (scale_base or 1e9)
     assume(bits <= (8 if dtype == torch.float16 else 60))
     q, k = normal(0, 2, n, head_dim, dtype=dtype), normal(1, 2, m, head_dim, dtype=dtype)
-    rotated_q, rotated_k = encoding.module(head_dim).rotate(q, k, q_at, k_at, origin)
-    assert rotated_q.dtype == rotated_k.dtype == dtype
-    error = (rotated_q.double() @ rotated_k.double().mT - scores(q, k, q_at, k_at, encoding)).abs()
-    underflow = subnormal(dtype) * (q.double().norm() + k.double().norm()) * 2**bits
-    tolerance = score_tolerance(dtype) * (16 if dtype == torch.float64 else 1)  # the oracle rounds, too
-    assert (error <= tolerance * score_sizes(q, k, q_at, k_at, encoding) + underflow).all()
+    rotated = encoding.module(head_dim).rotate(q, k, q_at, k_at, origin)
+    tolerance = 16 if dtype == torch.float64 else 1  # the oracle rounds, too
+    assert_scores(q, k, q_at, k_at, *rotated, encoding, bits, tolerance)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -134,23 +129,17 @@ def test_no_factor_within_max_span_overflows(dtype, scale_base):
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
-def test_casting_the_module_changes_no_output(cast):
+def test_casts_autocast_and_earlier_calls_change_no_output(cast):
     x, at = normal(0, 2, 3000, 8), torch.arange(3000)
     fresh, cast_module = XPOS(8), getattr(XPOS(8), cast)()
-    assert torch.equal(cast_module(x), fresh(x))
-    assert torch.equal(cast_module.scale, fresh.scale)
-    for one, other in zip(cast_module.rotate(x, x, at, at, 1500), fresh.rotate(x, x, at, at, 1500), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_autocast_and_earlier_calls_change_no_output():
-    x, at, xpos = normal(0, 2, 3000, 8), torch.arange(3000), XPOS(8)
-    expected = XPOS(8)(x), *XPOS(8).rotate(x, x, at, at, 1500)
     for before in DTYPES:
-        xpos(x.to(before), offset=7)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = xpos(x), *xpos.rotate(x, x, at, at, 1500)
-    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+        cast_module(x.to(before), offset=7)
+    assert torch.equal(cast_module.scale, fresh.scale)
+    expected = fresh(x), *fresh.rotate(x, x, at, at, 1500)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            actual = cast_module(x), *cast_module.rotate(x, x, at, at, 1500)
+        assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("saved_as", [torch.float32, *HALVES])
@@ -218,20 +207,7 @@ def test_outputs_may_be_changed_in_place_mapped_and_differentiated_forward():
     assert torch.equal(torch.func.jvp(xpos, (x,), (2 * x,))[1], 2 * xpos(x))
 
 
-def test_an_average_of_modules_has_the_angles_of_each():
-    average = AveragedModel(XPOS(8), multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    for _ in range(20):
-        average.update_parameters(XPOS(8))
-    x = normal(0, 2, 50, 8)
-    assert torch.equal(average(x, 1_000_000), XPOS(8)(x, 1_000_000))
-
-
 def test_offsets_of_other_types_are_integers_too():
     x = normal(0, 2, 5, 8)
     for offset in (torch.tensor(3), torch.tensor([3]), torch.tensor(3, dtype=torch.int32), np.int32(3)):
         assert torch.equal(XPOS(np.int64(8))(x, offset), XPOS(8)(x, 3))  # type: ignore[arg-type]
-
-
-def test_an_empty_sequence_stays_empty():
-    empty = torch.empty(2, 0, 8)
-    assert XPOS(8)(empty).shape == XPOS(8)(empty, offset=5, downscale=True).shape == empty.shape
