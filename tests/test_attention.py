@@ -51,16 +51,13 @@ encodings = st.builds(
     base=st.sampled_from([100.0, 10000.0]),
     interleaved=st.booleans(),
     max_wavelength=st.sampled_from([None, 7.0, 50.0]),
-    bias=st.none(),
-    gain=st.none(),
+    biases=st.just(()),
 )
 tails = st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 45))
 tails |= st.builds(ScaleInvariant, st.sampled_from([0.5, 10.0]))
 
 
-# Exactness
-
-
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     n=st.integers(0, 60),
@@ -81,7 +78,7 @@ def test_attention_equals_the_formula(n, w, heads, d, b, dtype, encoding, tail, 
     with mock.patch.object(plan, "QUERY_CHUNK", chunk):
         actual = attended(q, k, v, encoding.module(d), w, document_ids=ids, distance_bias=tail)
     mask = mask if ids is None else within_documents(mask, ids)
-    assert_attends_exactly(actual, q, k, v, mask, encoding.with_bias(tail))
+    assert_attends_exactly(actual, q, k, v, mask, encoding.with_biases(tail))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,9 +123,6 @@ def test_a_million_positions_in_blocks_are_finite_and_exact_to_the_last(dtype):
     tail = n // w * w - 2 * w  # the last three blocks: outputs of the last two need no more
     q, k, v = q[..., tail + w :, :], k[..., tail:, :], v[..., tail:, :]
     assert_attends_exactly(actual[..., tail + w :, :], q, k, v, visible(k.shape[-2], w)[w:], encoding)
-
-
-# Who is seen
 
 
 @given(
@@ -177,9 +171,7 @@ def test_dropout_keeps_the_mean(w, scale_base):
     assert (dropped[:, :, 1:].std(0) > 0).all()
 
 
-# The block
-
-
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     n=st.integers(0, 45),
@@ -257,9 +249,6 @@ def test_a_refused_setting_leaves_the_old_one():
         with pytest.raises(ValueError, match=f"{name} must"):
             setattr(module, name, value)
         assert getattr(module, name) is before
-
-
-# On a GPU
 
 
 @pytest.mark.gpu

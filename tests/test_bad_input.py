@@ -22,54 +22,46 @@ complaint = partial(complaint_of, main)
 MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
 
 
-WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "a key that is missing": ({"data__context_length": "null"}, "data.context_length"),
-    "a key that there is not": ({"model__embd_dim": 3}, "model.embd_dim"),
-    "a word for a number": ({"model__embed_dim": "wide"}, "model.embed_dim"),
-    "an encoding's option": ({"model__positions__init_args__scale_bse": 3}, "scale_bse"),
-    "a scale_base of what has none": (
-        {"model__positions": "RotaryEmbedding", "model__scale_base": 7},
-        "model.scale_base is 7, but no layer has XPOS",
-    ),
-    "a scale_base below 0": ({"model__scale_base": -1}, "scale_base must be above 0 and finite, got -1"),
-    "positions of fewer layers": ({"model__positions": '["XPOS", "XPOS"]'}, "positions must be one for all layers or"),
-    "a max_wavelength that leaves no pair": ({"model__positions__max_wavelength": 1}, "max_wavelength"),
-    "heads that do not divide": ({"model__num_heads": 3}, "embed_dim must be divisible by num_heads=3, got 16"),
-    "a module without positions": ({"model__positions": "torch.nn.Identity"}, "model.positions"),
-    "no learning rate": ({"model__learning_rate": 0}, "model.learning_rate must be above 0, got 0"),
-    "a negative decay": ({"model__weight_decay": -1}, "model.weight_decay must be 0 or above, got -1"),
-    "a negative seed": ({"seed_everything": -1}, "seed_everything"),
-    "no steps": ({"trainer__max_steps": -1}, "trainer.max_steps must be above 0, got -1"),
-    "no saving": ({"save_every": 0}, "save_every"),
-    "no such accelerator": ({"trainer__accelerator": "abacus"}, "abacus"),
-    "layers that would be split": (
-        {"trainer__strategy": MODEL_PARALLEL, "trainer__strategy__data_parallel_size": 2},
-        "trainer.strategy.tensor_parallel_size must be 1, got auto",
-    ),
-    "a checkpoint in pieces": (
-        {"trainer__strategy": MODEL_PARALLEL, "trainer__strategy__tensor_parallel_size": 1},
-        "trainer.strategy.save_distributed_checkpoint must be False, got True",
-    ),
-    "a sample without a prompt": (
-        {"trainer__callbacks": "SampleText", "trainer__callbacks__prompt": ""},
-        "SampleText.prompt must have at least one character, got none",
-    ),
-    "a logger that is not installed": ({"trainer__logger": "lightning.pytorch.loggers.CometLogger"}, "CometLogger"),
-    "a batch of none": ({"data__batch_size": 0}, "data.batch_size must be 1 or above, got 0"),
-    "a fraction above a half": ({"data__val_fraction": 0.5}, "data.val_fraction must be between 0 and 0.5, got 0.5"),
-    "two sources": ({"data__dataset": "some/set"}, "data.dataset and data.paths are two sources; give one"),
-    "no such folder": ({"data__paths": "[nowhere]"}, "data.paths: there is no file or folder 'nowhere'"),
-    "no paths": ({"data__paths": "[]"}, "there is no document with UTF-8 text"),
-    "no such tokenizer": ({"data__tokenizer": "words"}, "data.tokenizer must be bytes or the path of a tokenizer.json"),
-    "no tokenizer file": ({"data__tokenizer": "no.json"}, "data.tokenizer: no.json cannot be read"),
-    "a checkpoint that there is not": (
-        {"checkpoint": "nowhere.ckpt"},
-        "there is no checkpoint nowhere.ckpt; `python -m train fit` writes one",
-    ),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), WRONG_OPTIONS.values(), ids=WRONG_OPTIONS.keys())
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__context_length": "null"}, "data.context_length"),
+        ({"model__embd_dim": 3}, "model.embd_dim"),
+        ({"model__embed_dim": "wide"}, "model.embed_dim"),
+        ({"model__positions__init_args__scale_bse": 3}, "scale_bse"),
+        (
+            {"model__positions": "RotaryEmbedding", "model__scale_base": 7},
+            "model.scale_base is 7, but no layer has XPOS",
+        ),
+        ({"model__scale_base": -1}, "scale_base must be above 0 and finite, got -1"),
+        ({"model__positions": '["XPOS", "XPOS"]'}, "positions must be one for all layers or"),
+        ({"model__positions": "torch.nn.Identity"}, "model.positions"),
+        ({"model__learning_rate": 0}, "model.learning_rate must be above 0, got 0"),
+        ({"trainer__max_steps": -1}, "trainer.max_steps must be above 0, got -1"),
+        ({"save_every": 0}, "save_every"),
+        ({"trainer__accelerator": "abacus"}, "abacus"),
+        (
+            {"trainer__strategy": MODEL_PARALLEL, "trainer__strategy__data_parallel_size": 2},
+            "trainer.strategy.tensor_parallel_size must be 1, got auto",
+        ),
+        (
+            {"trainer__strategy": MODEL_PARALLEL, "trainer__strategy__tensor_parallel_size": 1},
+            "trainer.strategy.save_distributed_checkpoint must be False, got True",
+        ),
+        (
+            {"trainer__callbacks": "SampleText", "trainer__callbacks__prompt": ""},
+            "SampleText.prompt must have at least one character, got none",
+        ),
+        ({"trainer__logger": "lightning.pytorch.loggers.CometLogger"}, "CometLogger"),
+        ({"data__batch_size": 0}, "data.batch_size must be 1 or above, got 0"),
+        ({"data__val_fraction": 0.5}, "data.val_fraction must be between 0 and 0.5, got 0.5"),
+        ({"data__dataset": "some/set"}, "data.dataset and data.paths are two sources; give one"),
+        ({"data__paths": "[nowhere]"}, "data.paths: there is no file or folder 'nowhere'"),
+        ({"data__paths": "[]"}, "there is no document with UTF-8 text"),
+        ({"data__tokenizer": "words"}, "data.tokenizer must be bytes or the path of a tokenizer.json"),
+        ({"checkpoint": "nowhere.ckpt"}, "there is no checkpoint nowhere.ckpt; `python -m train fit` writes one"),
+    ],
+)
 def test_a_wrong_option(changes, message, tmp_path, capfd):
     assert message in complaint(["fit", *options(tmp_path, **changes)], capfd)
     assert not (tmp_path / "runs").exists()
@@ -113,9 +105,6 @@ def test_a_wrong_text(write, message, tmp_path, capfd):
     assert not (tmp_path / "runs").exists()
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
 class Harmful:
     def __reduce__(self) -> Any:
         return (Path.touch, (Path("harmed"),))
@@ -144,6 +133,7 @@ WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "message"), WRONG_CHECKPOINTS.values(), ids=WRONG_CHECKPOINTS.keys())
 def test_a_damaged_checkpoint(damage, message, trained, tmp_path, capfd):
     checkpoint = tmp_path / "damaged.ckpt"
@@ -165,14 +155,14 @@ def test_a_damaged_checkpoint(damage, message, trained, tmp_path, capfd):
     assert not Path("harmed").exists()
 
 
-OTHER_MODELS: dict[str, tuple[dict[str, Any], str]] = {
-    "width": ({"model__embed_dim": 32}, "model.embed_dim: 16 there, 32 here"),
-    "its default": ({"data__context_length": 32}, "model.scale_base: 8.0 there, 16.0 here"),
-    "frequencies": ({"model__positions__base": 99}, "model.positions.init_args.base: 10000.0 there, 99.0 here"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), OTHER_MODELS.values(), ids=OTHER_MODELS.keys())
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__embed_dim": 32}, "model.embed_dim: 16 there, 32 here"),
+        ({"data__context_length": 32}, "model.scale_base: 8.0 there, 16.0 here"),
+        ({"model__positions__base": 99}, "model.positions.init_args.base: 10000.0 there, 99.0 here"),
+    ],
+)
 def test_a_checkpoint_of_another_model(changes, message, trained, tmp_path, capfd):
     for command in ("fit", "test"):
         assert message in complaint([command, *options(tmp_path, checkpoint=trained, **changes)], capfd)
@@ -190,9 +180,6 @@ def test_weights_alone_and_another_tokenizer(trained, tmp_path, capfd):
     assert line == f"{checkpoint} holds weights alone; training goes on only with the optimizer's state"
 
 
-# --- what YAML may not do --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", ["{name}", '{{"class_path": "{name}", "init_args": {{"args": "touch {harm}"}}}}'])
 @pytest.mark.parametrize("name", ["os.system", "subprocess.Popen"])
 @pytest.mark.parametrize("place", ["model__positions", "trainer__callbacks", "trainer__logger", "trainer__strategy"])
@@ -203,19 +190,17 @@ def test_no_option_calls_what_it_was_not_made_for(place, name, form, tmp_path, c
     assert not (tmp_path / "runs").exists()
 
 
-# --- sample and export -----------------------------------------------------------------------------------------------
-
-WRONG_SAMPLES: dict[str, tuple[list[str], str]] = {
-    "no prompt": (["--prompt", ""], "prompt must have at least one token, got ''"),
-    "half a character": (["--prompt", "\udc80"], "prompt must be valid UTF-8"),
-    "a device that there is not": (["--device", "abacus"], "device must be cpu"),
-    "a negative temperature": (["--temperature", "-1"], "temperature must be 0 or above"),
-    "no tokens": (["--max_new_tokens", "-1"], "max_new_tokens must be 0 or above, got -1"),
-    "a word for a number": (["--top_k", "few"], "top_k"),
-}
-
-
-@pytest.mark.parametrize(("args", "message"), WRONG_SAMPLES.values(), ids=WRONG_SAMPLES.keys())
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt", ""], "prompt must have at least one token, got ''"),
+        (["--prompt", "\udc80"], "prompt must be valid UTF-8"),
+        (["--device", "abacus"], "device must be cpu"),
+        (["--temperature", "-1"], "temperature must be 0 or above"),
+        (["--max_new_tokens", "-1"], "max_new_tokens must be 0 or above, got -1"),
+        (["--top_k", "few"], "top_k"),
+    ],
+)
 def test_a_wrong_sample(args, message, trained, capfd):
     if args[1] == "\udc80" and sys.platform == "win32":
         pytest.skip("Windows' arguments are UTF-16")

@@ -20,7 +20,6 @@ from reference import (
     assert_attends_exactly,
     block,
     double,
-    encoding_of,
     multi_head_attention,
     normal,
     relative_error,
@@ -85,7 +84,7 @@ def test_any_pieces_attend_by_the_formula(
     positions = encoding.module(6)
     cache = one_layer(b, g, positions, block_size, max(n, 1), dtype)
     actual = in_pieces(q, k, v, cache, sizes, positions, tail)
-    assert_attends_exactly(actual, q, k, v, visible(n, block_size), encoding.with_bias(tail))
+    assert_attends_exactly(actual, q, k, v, visible(n, block_size), encoding.with_biases(tail))
 
 
 @PATTERNS
@@ -163,9 +162,6 @@ def test_large_keys_do_not_overflow_in_float16(block_size, size):
     assert actual.isfinite().all()
     mask = visible(n, block_size)[rows]
     assert_attends_exactly(actual[..., rows, :], q[..., rows, :], k, v, mask, encoding)
-
-
-# What a cache holds, and what it does with it
 
 
 @PATTERNS
@@ -248,22 +244,6 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
         module(x, cache=cache)
     assert all(torch.equal(before[name], kept) for name, kept in cache.named_buffers())
     module(x[:, :4], cache=cache)  # which exactly fits
-
-
-# On a GPU
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("block_size", [None, 16], ids=["dense", "blockwise"])
-@pytest.mark.parametrize("positions", [XPOS(16, 64), Sloped(16, 64)], ids=["no bias", "bias a head"])
-def test_any_pieces_attend_by_the_formula_on_cuda(positions, block_size, dtype):
-    q, k, v = (normal(i, 2, heads, 101, 16, dtype=dtype) for i, heads in enumerate((4, 2, 2)))
-    positions = copy.deepcopy(positions).cuda()
-    cache = one_layer(2, 2, positions, block_size, 101, dtype).cuda()
-    actual = in_pieces(q.cuda(), k.cuda(), v.cuda(), cache, [40, 1, 1, 30, 1, 28], positions)
-    encoding = encoding_of(positions, getattr(positions, "distance_bias", None))
-    assert_attends_exactly(actual.cpu(), q, k, v, visible(101, block_size), encoding)
 
 
 @pytest.mark.gpu

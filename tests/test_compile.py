@@ -73,9 +73,6 @@ def graphs_of(block_size: int | None) -> int:
     return 1 if block_size is None else 2
 
 
-# Rotation
-
-
 @pytest.mark.parametrize("module", [XPOS(8), RotaryEmbedding(8)], ids=["xpos", "rotary"])
 @pytest.mark.parametrize("offset", [int, torch.tensor], ids=["int", "tensor"])
 def test_rotation_has_one_graph_for_all_lengths_and_offsets(module, offset, compiler_counts):
@@ -98,9 +95,6 @@ def test_the_documented_functions_compile_at_any_length(compiler_counts):
 def test_nan_stays_nan_when_pairs_go_as_integers(bits, compiler_counts):
     x, at = torch.full((1, 2, 8), bits, dtype=torch.int16).view(torch.bfloat16), torch.arange(2)
     assert all(t.isnan().all() for t in compile_graph(XPOS(8).rotate)(x, x, at, at))
-
-
-# Attention and the model
 
 
 def test_logits_by_distance_and_scaled_queries_add_no_graph_under_autocast(compiler_counts):

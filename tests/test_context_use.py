@@ -147,6 +147,7 @@ def test_expected_scores_of_alibi_hold_its_bias():
     assert found.tolist() == [[[-slope * distance for distance in range(9)] for slope in (2**-4, 2**-8)]]
 
 
+@pytest.mark.slow
 def test_cells_hold_the_losses_of_the_last_targets_and_the_table_their_differences(runs, tmp_path, capsys):
     context_use([str(runs)], str(tmp_path), longest=4, windows=4)
     results = results_of(*read_cells(tmp_path / "results.json"))

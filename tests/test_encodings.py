@@ -1,4 +1,4 @@
-"""The encodings that xPos is compared with do what their papers say, from a cache, too."""
+"""The encodings that xPos is compared with do what their papers say."""
 
 import math
 from functools import partial
@@ -12,7 +12,7 @@ from tiny import sharpened
 from torch import Tensor
 
 from study.encodings import ALiBi, NoPositions, YaRN, alibi_slopes, ntk_scaled
-from xpos_zoo import MultiHeadAttention, PositionModule, RotaryEmbedding, Transformer
+from xpos_zoo import MultiHeadAttention, PositionModule, RotaryEmbedding
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -105,16 +105,3 @@ def test_pairs_without_an_angle_are_not_given_one():
     for found in (angles(ntk_scaled(rotary, 4.0)), angles(YaRN(rotary, 4.0, 64))):
         assert ((found > 0) == (theta(16) >= 2 * math.pi / 1000)).all()
         assert (found == 0).any()
-
-
-@pytest.mark.parametrize("block_size", [None, 8])
-@pytest.mark.parametrize(
-    "positions", [partial(ALiBi, num_heads=4), NoPositions, lambda d: YaRN(RotaryEmbedding(d), 4.0, 8)]
-)
-def test_a_cache_gives_the_full_forward(positions, block_size):
-    torch.manual_seed(0)
-    model = sharpened(Transformer(11, 32, 2, 4, positions=positions, block_size=block_size), 1.0)
-    tokens = torch.randint(11, (2, 30))
-    for chunk in (1, 7):
-        cache = model.make_cache(2, 30)
-        assert_same(torch.cat([model(part, cache) for part in tokens.split(chunk, 1)], 1), model(tokens))

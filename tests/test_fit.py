@@ -46,9 +46,7 @@ def assert_same_run(run: Path, other: Path) -> None:
         assert same(ours[part], theirs[part]), part
 
 
-# --- configurations --------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("config", sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {"recall", "gpu_recall"}))
 def test_every_configuration_trains_and_validation_reads_what_it_left(config, tmp_path, capsys):
     more: dict[str, Any] = {"trainer__callbacks": None, "trainer__precision": "32", "data__split_by": "file"}
@@ -98,9 +96,6 @@ def test_a_trial_run_leaves_no_checkpoint_behind(tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-# --- going on --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("step", "hook", "changes"),
     [
@@ -122,6 +117,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(step, hook, changes, tmp_path
     assert metrics(run, "val_bits_per_byte").items() <= metrics(trained, "val_bits_per_byte").items()
 
 
+@pytest.mark.slow
 def test_with_dropout_workers_accumulation_and_bfloat16_a_run_goes_on_to_the_same_end(tmp_path):
     changes: dict[str, Any] = {
         "model__dropout": 0.2,
@@ -236,9 +232,6 @@ def test_a_damaged_checkpoint_or_full_disk_is_told_and_mended_the_run_goes_on(
     assert_same_run(fit(tmp_path), trained)
 
 
-# --- beginning from another run's checkpoint -------------------------------------------------------------------------
-
-
 def test_a_run_that_begins_from_another_has_its_own_rates(tmp_path, trained):
     own = {"trainer__max_steps": STEPS + 4, "model__learning_rate": 1e-3, "model__schedule": "linear"}
     whole, longer = (
@@ -256,9 +249,6 @@ def test_a_run_that_begins_from_another_goes_on_from_its_own_checkpoint(tmp_path
     interrupt(tmp_path, 7, **copied)
     assert_same_run(fit(tmp_path, more=("--trainer.callbacks+=tiny.Recorder",), **copied), trained)
     assert len(Recorder.batches) == STEPS - 6
-
-
-# --- what ends a training --------------------------------------------------------------------------------------------
 
 
 class Spoil(L.Callback):

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.image import imread
 from tiny import InterruptionError, changed_run
 
 from train.errors import UserError
@@ -18,10 +17,8 @@ from train.measure import (
     in_lengths,
     measure,
     octaves,
-    panels,
     read_cells,
     results_of,
-    save_plot,
     table,
 )
 from train.modes import Mode
@@ -184,13 +181,3 @@ def test_a_table_has_a_row_a_mode_and_encoding_and_a_column_a_length():
     assert [row[0] for row in rows[2:]] == ["xPos, dense 8", "RoPE, dense 8", "xPos, BCA 8", "RoPE, BCA 8"]
     assert rows[2][1:] == ["1.50", "2.00", "2.50"]
     assert [in_lengths(size, 12) for size in octaves(12, 4)] == ["L/4", "L/2", "L", "2 L", "4 L"]
-
-
-@pytest.mark.parametrize("modes", [1, 2, 4])
-def test_a_plot_has_a_panel_a_mode_and_shows_lines_that_coincide(modes, tmp_path):
-    grid = panels(losses(modes=modes).tables["loss"], "context", "loss", 16, "loss")
-    assert len(grid.axes.flat) == modes
-    save_plot(grid, tmp_path / "plot.png")
-    red, _, blue = imread(tmp_path / "plot.png")[..., :3].transpose(2, 0, 1)
-    assert (blue > red + 0.2).sum() > 300 * modes
-    assert (red > blue + 0.2).sum() > 300 * modes

@@ -64,20 +64,11 @@ def test_a_model_of_a_configuration_is_a_fresh_one_of_its_arguments():
 
 def test_the_configuration_is_plain_and_complete(tmp_path):
     make(positions=partial(XPOS, scale_base=64), block_size=8).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == {
-        "format": "xpos_zoo.Transformer",
-        "version": 2,
-        **SIZES,
-        "hidden_dim": 64,
-        "tie_embeddings": True,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "block_size": 8,
-        "dropout": 0.0,
-        "positions": {"name": "XPOS", "scale_base": 64, "base": 10000.0, "max_wavelength": None, "interleaved": True},
-        "query_scaling": None,
-        "distance_bias": None,
-    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    positions = {"name": "XPOS", "scale_base": 64, "base": 10000.0, "max_wavelength": None, "interleaved": True}
+    sizes = SIZES | {"hidden_dim": 64, "num_kv_heads": 2, "head_dim": 8, "block_size": 8, "dropout": 0.0}
+    settings = {"positions": positions, "tie_embeddings": True, "query_scaling": None, "distance_bias": None}
+    assert config == {"format": "xpos_zoo.Transformer", "version": 2} | sizes | settings
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 

@@ -201,6 +201,7 @@ def test_a_wrong_argument_is_told_in_one_line(small, capfd):
         assert message in complaint_of(partial(command, study_main.study), args, capfd)
 
 
+@pytest.mark.slow
 def test_the_demo_trains_both_encodings_and_prints_table_and_thresholds(runs, tmp_path, monkeypatch, capsys):
     commands: list[list[str]] = []
     (tmp_path / "runs").symlink_to(runs)

@@ -17,6 +17,7 @@ from tiny import (
     complaint_of,
     fit,
     interrupted_at,
+    metrics,
     options,
     read_checkpoint,
     same,
@@ -43,9 +44,6 @@ def of_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     return fit(folder, trainer__max_steps=2, data__tokenizer=folder / "tokenizer.json")
-
-
-# --- samples ---------------------------------------------------------------------------------------------------------
 
 
 def sampled(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -100,9 +98,6 @@ def test_a_reader_that_has_had_enough_ends_the_text_without_a_word(trained):
     assert process.returncode == 1
 
 
-# --- exports ---------------------------------------------------------------------------------------------------------
-
-
 def exported(run: Path, folder: Path, *args: str) -> Transformer:
     export.main([f"--checkpoint={run}", f"--output={folder}", *args])
     return Transformer.from_pretrained(folder)
@@ -144,9 +139,6 @@ def test_the_hybrid_of_the_documentation_is_trained_in_bfloat16_and_exported(tmp
         assert torch.equal(state[name.removeprefix("transformer.")], weight), name
 
 
-# --- what a step is, and what callbacks make of it -------------------------------------------------------------------
-
-
 def extra(callback: str, init_args: str = "{}") -> tuple[str, ...]:
     return (f'--trainer.callbacks+={{"class_path": "{callback}", "init_args": {init_args}}}',)
 
@@ -169,6 +161,7 @@ def test_accumulated_batches_make_the_clipped_gradient_of_them_all(tmp_path):
         torch.testing.assert_close(state["exp_avg"] / 0.1, clipped, rtol=1e-4, atol=1e-6 * norm)
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_what_a_checkpoint_holds_and_survive_an_interruption(tmp_path, trained):
     average = extra("lightning.pytorch.callbacks.EMAWeightAveraging", '{"decay": 0.5}')
     weights = read_checkpoint(fit(tmp_path, name="whole", more=average))["state_dict"]
@@ -179,25 +172,16 @@ def test_averaged_weights_are_what_a_checkpoint_holds_and_survive_an_interruptio
     main(["test", *options(tmp_path), *average])
 
 
-def test_samples_are_printed_and_logged_and_change_nothing(tmp_path, capsys):
+def test_samples_and_throughput_are_logged_and_change_nothing(tmp_path, capsys):
     shown = extra("SampleText", '{"prompt": "to be", "max_new_tokens": 7}')
-    run = fit(tmp_path, more=shown, model__dropout=0.1)
+    run = fit(tmp_path, more=(*shown, *extra("Throughput", '{"window_size": 4}')), model__dropout=0.1)
     assert re.findall(r"--- sample after step (\d+)\nto be", capsys.readouterr().out) == ["4", "8"]
     (events,) = run.glob("tensorboard/events.*")
     assert events.read_bytes().count(b"to be") == 2
+    tokens, windows = (metrics(run, f"train/device/{what}_per_sec") for what in ("items", "samples"))
+    assert tokens == {step: pytest.approx(16 * rate) for step, rate in windows.items()} != {}
     silent = fit(tmp_path, name="silent", model__dropout=0.1)
     assert same(read_checkpoint(run)["state_dict"], read_checkpoint(silent)["state_dict"])
-
-
-def test_throughput_is_logged(tmp_path):
-    run = fit(tmp_path, more=extra("Throughput", '{"window_size": 4}'))
-    (log,) = run.glob("metrics/*/metrics.csv")
-    head, *rows = (line.split(",") for line in log.read_text().splitlines())
-    column = head.index("train/device/items_per_sec")
-    windows = head.index("train/device/samples_per_sec")
-    found = [(float(row[column]), float(row[windows])) for row in rows if row[column]]
-    assert found
-    assert all(items == pytest.approx(16 * samples) for items, samples in found)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1, "tie_embeddings": False}])

@@ -3,7 +3,6 @@
 Axes: b batch, n sequence.
 """
 
-import copy
 from functools import partial
 
 import pytest
@@ -84,16 +83,6 @@ def test_block_size_temperature_and_bias_reach_every_layer():
     assert torch.equal(transformer(words), dense)
 
 
-def test_a_bias_that_is_a_module_belongs_to_the_layers():
-    transformer, bias = model(3), torch.nn.Linear(1, 1)
-    transformer.distance_bias = bias
-    assert [a.distance_bias for a in transformer.attentions] == 3 * [bias]
-    assert "distance_bias" not in dict(transformer.named_children())
-    transformer.distance_bias = SoftTail(2.0, 5)
-    assert transformer.distance_bias == SoftTail(2.0, 5)
-    assert not any("distance_bias" in name for name in transformer.state_dict())
-
-
 @pytest.mark.parametrize("silent", ["feed_forward.down_proj", "attention.out_proj"])
 def test_dropout_drops_features_of_either_branch_in_training_alone(silent):
     layer, x = model(1, dropout=0.25).layers[0], normal(0, 4, 50, 32)
@@ -101,16 +90,6 @@ def test_dropout_drops_features_of_either_branch_in_training_alone(silent):
     dropped = (layer.train()(x) == x).double().mean().item()
     assert abs(dropped - 0.25) <= 6 * (0.25 * 0.75 / x.numel()) ** 0.5
     assert (layer.eval()(x) != x).all()
-
-
-def test_the_head_is_the_embedding_unless_untied():
-    tied, untied = model(), model(tie_embeddings=False)
-    assert tied.head.weight is tied.embedding.weight
-    assert untied.head.weight is not untied.embedding.weight
-    assert sum(p.numel() for p in untied.parameters()) == sum(p.numel() for p in tied.parameters()) + 50 * 32
-    restored = model()
-    restored.load_state_dict(copy.deepcopy(tied.state_dict()))
-    assert restored.head.weight is restored.embedding.weight
 
 
 @pytest.mark.parametrize(("embed_dim", "hidden_dim"), [(32, 96), (36, 96), (40, 128), (96, 256), (128, 352)])
