@@ -135,7 +135,6 @@ def test_the_transformer_trains_in_two_graphs(block_size, compiler_counts):
 def test_layers_compiled_one_by_one_take_the_models_plan(compiler_counts):
     """As the trainer does: with gradients and documents, at lengths of whole blocks and others, and from a cache."""
     transformer = model(1, block_size=8)
-    transformer.query_scaling = LogNScaling(0.5, 10)
     compiled = copy.deepcopy(transformer)
     for layer in compiled.layers:
         layer.compile(fullgraph=True, backend="aot_eager")
@@ -144,6 +143,7 @@ def test_layers_compiled_one_by_one_take_the_models_plan(compiler_counts):
         both = (trained(each, tokens(2, n), None, None, ids) for each in (compiled, transformer))
         for ours, expected in zip(*both, strict=True):
             assert relative_error(ours, expected) <= CLOSE
+    compiled.query_scaling = transformer.query_scaling = LogNScaling(0.5, 10)
     caches = [each.make_cache(2, 60) for each in (compiled, transformer)]
     for piece in tokens(2, 50).split([20, 1, 1, 28], dim=1):
         ours, expected = (each(piece, cache) for each, cache in zip((compiled, transformer), caches, strict=True))
