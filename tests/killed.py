@@ -8,13 +8,22 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from pydoc import locate
 from typing import Any, Self
 
 ROOT = Path(__file__).parents[1]
-MOMENTS = ("step", "optimizer", "validation", "log", "write", "rename", "renamed", "clock")
+# A moment: of which class which method is called, and whether the process ends before or after it.
+MOMENTS = {
+    "step": ("train.language_model.LanguageModel", "training_step", True),
+    "optimizer": ("torch.optim.AdamW", "step", False),
+    "validation": ("train.language_model.LanguageModel", "validation_step", True),
+    "log": ("lightning.pytorch.loggers.CSVLogger", "save", True),
+    "write": ("pathlib.Path", "write_bytes", True),
+    "rename": ("pathlib.Path", "replace", True),
+    "renamed": ("pathlib.Path", "replace", False),
+    "clock": None,
+}
 
 
 class Trainer:
@@ -28,9 +37,7 @@ class Trainer:
         )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self.process:  # closes both pipes: the server ends with its input
             pass
 
@@ -46,64 +53,32 @@ def end() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at(
-    count: float,
-    owner: Any,
-    name: str,
-    before: bool = True,
-    among: Callable[..., bool] = lambda *_: True,
-    last: Callable[..., Any] = lambda *_: None,
-) -> None:
-    """Have the process end before or after the count-th call of a method that `among` takes, before it after `last`."""
-    method, calls = getattr(owner, name), 0
+def prepare(moment: str, count: float) -> None:
+    """End before or after the count-th call, of paths those of checkpoints; of a fraction, when so much is written."""
+    place = MOMENTS[moment]
+    if place is None:
+        signal.setitimer(signal.ITIMER_REAL, count)
+        signal.signal(signal.SIGALRM, lambda *_: end())
+        return
+    name, method_name, before = place
+    owner = locate(name)
+    method, calls = getattr(owner, method_name), 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        counts = among(*args)
+        counts = not isinstance(args[0], Path) or ".ckpt" in args[0].name
         calls += counts
-        if before and counts and calls == count:
-            last(*args)
+        last = counts and calls == int(count)
+        if last and before:
+            if moment == "write":
+                method(args[0], args[1][: int(len(args[1]) * (count % 1))])
             end()
         result = method(*args, **kwargs)
-        if not before and counts and calls == count:
+        if last:
             end()
         return result
 
-    setattr(owner, name, counted)
-
-
-def prepare(moment: str, count: float) -> None:
-    import torch
-    from lightning.pytorch.loggers import CSVLogger
-
-    from train.language_model import LanguageModel
-
-    def is_checkpoint(path: Path, *_: Any) -> bool:
-        return ".ckpt" in path.name
-
-    match moment:
-        case "step":
-            at(count, LanguageModel, "training_step")
-        case "optimizer":
-            at(count, torch.optim.AdamW, "step", before=False)
-        case "validation":
-            at(count, LanguageModel, "validation_step")
-        case "log":
-            at(count, CSVLogger, "save")
-        case "rename":
-            at(count, Path, "replace", among=is_checkpoint)
-        case "renamed":
-            at(count, Path, "replace", before=False, among=is_checkpoint)
-        case "write":  # count - 1 checkpoints whole, then a part of one
-            write = Path.write_bytes
-
-            def write_part(path: Path, content: bytes) -> int:
-                return write(path, content[: int(len(content) * (count % 1))])
-
-            at(int(count), Path, "write_bytes", among=is_checkpoint, last=write_part)
-        case "clock":
-            signal.setitimer(signal.ITIMER_REAL, count)
-            signal.signal(signal.SIGALRM, lambda *_: end())
+    setattr(owner, method_name, counted)
 
 
 def serve() -> None:

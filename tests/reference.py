@@ -48,13 +48,15 @@ class Encoding(NamedTuple):
     scale_base: float | None = None
     base: float = 10000.0
     interleaved: bool = True
-    bias: Callable[[Tensor], Tensor] | None = None
     max_wavelength: float | None = None
-    gain: Callable[[Tensor], Tensor] | None = None  # what logits are multiplied by before that
+    biases: tuple[DistanceBias, ...] = ()
 
     def module(self, head_dim: int) -> RotaryEmbedding:
         kind = RotaryEmbedding if self.scale_base is None else partial(XPOS, scale_base=self.scale_base)
         return kind(head_dim, base=self.base, max_wavelength=self.max_wavelength, interleaved=self.interleaved)
+
+    def with_biases(self, *biases: DistanceBias | None) -> "Encoding":
+        return self._replace(biases=tuple(bias for bias in biases if bias is not None))
 
     def angles(self, head_dim: int) -> Tensor:
         """Radians a position of each pair; 0 for those whose wavelength is above max_wavelength."""
@@ -68,37 +70,24 @@ class Encoding(NamedTuple):
         return torch.where(self.angles(head_dim) == 0, 1, zeta(head_dim) ** (1 / self.scale_base))
 
 
-def encoding_of(module: RotaryEmbedding, *biases: DistanceBias | None) -> Encoding:
-    """With all biases that are not None."""
-    formulas = [bias_formula(bias) for bias in biases if bias is not None]
-
-    def total(distance: Tensor) -> Tensor:
-        return sum((formula(distance) for formula in formulas), torch.zeros((), dtype=torch.float64))
-
+def encoding_of(module: RotaryEmbedding) -> Encoding:
     scale_base = module.scale_base if isinstance(module, XPOS) else None
-    bias, gain = total if formulas else None, next(filter(None, map(gain_formula, biases)), None)
-    return Encoding(scale_base, module.base, module.interleaved, bias, module.max_wavelength, gain)
+    encoding = Encoding(scale_base, module.base, module.interleaved, module.max_wavelength)
+    return encoding.with_biases(getattr(module, "distance_bias", None))
 
 
-def gain_formula(bias: Any) -> Callable[[Tensor], Tensor] | None:
-    """a_t of arXiv 2505.17083; None for a bias alone."""
-    if not isinstance(bias, ScaleInvariant):
-        return None
-    return lambda distance: (2 * torch.log(distance.double() / bias.tau + 1) + 1).sqrt()
+def gain_and_bias(bias: DistanceBias, distance: Tensor) -> tuple[Tensor | int, Tensor]:
+    """What logits are multiplied by, and what is then added.
 
-
-def bias_formula(bias: DistanceBias) -> Callable[[Tensor], Tensor]:
-    """A soft tail is -power ln(m / trained_length) at distances m beyond; others but one are their own formula."""
+    A soft tail is -power ln(m / trained_length) at distances m beyond; `ScaleInvariant` is that of arXiv 2505.17083.
+    """
     if isinstance(bias, ScaleInvariant):
-        return lambda distance: -2 * torch.log(distance.double() / bias.tau + 1)
-    if not isinstance(bias, SoftTail):
-        return bias
-
-    def tail(distance: Tensor) -> Tensor:
+        logarithm = torch.log(distance.double() / bias.tau + 1)
+        return (2 * logarithm + 1).sqrt(), -2 * logarithm
+    if isinstance(bias, SoftTail):
         logarithm = torch.log(distance.double() / bias.trained_length)
-        return torch.where(distance > bias.trained_length, -bias.power * logarithm, 0)
-
-    return tail
+        return 1, torch.where(distance > bias.trained_length, -bias.power * logarithm, 0)
+    return 1, bias(distance).double()
 
 
 class Sloped(XPOS):
@@ -186,30 +175,28 @@ def placed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, at[k.shape[-2] - q.shape[-2] :], at
 
 
-def biases(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
-    """What is added to the logits of q (b, h, n, d) and k (b, g, m, d), in a shape that broadcasts against them."""
-    if encoding.bias is None:
-        return torch.zeros((), dtype=torch.float64)
-    return encoding.bias(distances(*placed(q, k)[2:], mask)).double()
-
-
-def gains(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
-    """What the logits are multiplied by before that, likewise."""
-    if encoding.gain is None:
-        return torch.ones((), dtype=torch.float64)
-    return encoding.gain(distances(*placed(q, k)[2:], mask)).double()
+def gains_and_biases(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
+    """What logits of q (b, h, n, d) and k (b, g, m, d) are multiplied by, and what is then added to them."""
+    distance = distances(*placed(q, k)[2:], mask)
+    gain, total = torch.ones_like(distance), torch.zeros_like(distance)
+    for each in encoding.biases:
+        factor, added = gain_and_bias(each, distance)
+        gain, total = gain * factor, total + added
+    return gain, total
 
 
 def logits(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """Those of q (b, h, n, d) and k (b, g, m, d), minus infinity where mask (n, m) is False: (b, h, n, m)."""
-    scaled = gains(q, k, mask, encoding) * scores(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
-    return (scaled + biases(q, k, mask, encoding)).masked_fill(~mask, -math.inf)
+    gain, bias = gains_and_biases(q, k, mask, encoding)
+    return (gain * scores(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1]) + bias).masked_fill(~mask, -math.inf)
 
 
 def logit_sizes(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """`score_sizes` over sqrt(d) and the size of the bias, 0 where mask is False; shapes as in `logits`."""
-    scaled = gains(q, k, mask, encoding) * score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1])
-    return (scaled + biases(q, k, mask, encoding).abs()).masked_fill(~mask, 0)
+    gain, bias = gains_and_biases(q, k, mask, encoding)
+    return (gain * score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1]) + bias.abs()).masked_fill(
+        ~mask, 0
+    )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
@@ -222,17 +209,16 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
 
     Each query comes with keys of its own, decayed by their distance to it, so that no factor exceeds 1.
     """
-    gain = gains(q, k, mask, encoding)[..., None]
+    gain, bias = gains_and_biases(q, k, mask, encoding)
     q, k, q_at, k_at = placed(q, k)
     b, h, n, d = q.shape
     m = k.shape[-2]
-    if encoding.bias is not None:  # in float32, which the CPU's attention takes with every dtype
-        bias = biases(q, k, mask, encoding).to(torch.promote_types(q.dtype, torch.float32))
-        mask = torch.where(mask, bias, -math.inf)
+    if encoding.biases:  # in float32, which the CPU's attention takes with every dtype
+        mask = torch.where(mask, bias.to(torch.promote_types(q.dtype, torch.float32)), -math.inf)
     distance = (q_at[:, None] - k_at).clamp(min=0)
     rows = encode(q, q_at, None, encoding).to(q.dtype)
     keys = encode(k[..., None, :, :].expand(b, h, n, m, d), k_at.expand(n, m), distance, encoding)
-    keys = (gain * keys).to(q.dtype)
+    keys = (gain[..., None] * keys).to(q.dtype)
     with torch.autocast("cpu", enabled=False):
         out = scaled_dot_product_attention(
             rows.reshape(b * h * n, 1, 1, d),
@@ -266,7 +252,7 @@ def computing(dtype: torch.dtype, logit: float, encoding: Encoding) -> float:
 
     Scores have a relative error of 32 roundoffs of float32, or of float64 with inputs of that; a bias is float32.
     """
-    computed_in = torch.promote_types(dtype, torch.float32) if encoding.bias is None else torch.float32
+    computed_in = torch.promote_types(dtype, torch.float32) if not encoding.biases else torch.float32
     return 32 * (1 + 4 * logit) * roundoff(computed_in)
 
 
@@ -334,8 +320,8 @@ def projected(module: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Te
         log = torch.log(mask.sum(-1).double() / module.query_scaling.trained_length).clamp(min=0)
         q = (q * (1 + module.query_scaling.coefficient * log)[:, None]).to(q.dtype)
     assert isinstance(module.positions, RotaryEmbedding)
-    own = getattr(module.positions, "distance_bias", None)
-    return q, k, v, mask, encoding_of(module.positions, module.distance_bias, own)
+    encoding = encoding_of(module.positions)
+    return q, k, v, mask, encoding.with_biases(module.distance_bias, *encoding.biases)
 
 
 def multi_head_attention(module: MultiHeadAttention, x: Tensor, attend: Callable[..., Tensor] = attention) -> Tensor:
@@ -369,12 +355,19 @@ def assert_block_is_exact(
     actual = results(run, copy.deepcopy(module).to(device), x.to(device))
     q, k, _, mask, encoding = projected(double(module), x.double())
     logit = logit_sizes(q, k, mask, encoding).max().item() if q.numel() else 0
-    largest = max(t.norm() for t in exact)
-    for ours, right, reachable in zip(actual, exact, plain, strict=True):
+    assert_as_exact((actual, exact, plain), logit, encoding, x.dtype, autocast)
+
+
+def assert_as_exact(
+    results: tuple[list[Tensor], ...], logit: float, encoding: Encoding, dtype: torch.dtype, autocast: Any = None
+) -> None:
+    """What `assert_block_is_exact` says, of actual, exact and plain results, with attention logits of that size."""
+    largest = max(t.norm() for t in results[1])
+    for ours, right, reachable in zip(*results, strict=True):
         assert ours.dtype == reachable.dtype
         assert ours.shape == right.shape
         assert ours.isfinite().all()
-        slack = computing(x.dtype, logit, encoding) + luck(autocast or x.dtype, logit, right)
+        slack = computing(dtype, logit, encoding) + luck(autocast or dtype, logit, right)
         assert difference(ours.cpu(), right) <= 2 * difference(reachable, right) + slack * largest
 
 

@@ -23,25 +23,20 @@ from reference import (
     assert_attends_exactly,
     assert_block_is_exact,
     attended,
-    bias_formula,
     block,
     document_ids,
-    gain_formula,
     inputs,
     normal,
     relative_error,
-    roundoff,
     visible,
     within_documents,
 )
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from xpos_zoo import (
     XPOS,
     LogNScaling,
     MultiHeadAttention,
-    PositionModule,
     RotaryEmbedding,
     ScaleInvariant,
     SoftTail,
@@ -55,18 +50,15 @@ encodings = st.builds(
     scale_base=st.sampled_from([None, 0.05, 0.3, 1, 8, 512]),
     base=st.sampled_from([100.0, 10000.0]),
     interleaved=st.booleans(),
-    bias=st.none(),
     max_wavelength=st.sampled_from([None, 7.0, 50.0]),
-    gain=st.none(),
+    biases=st.just(()),
 )
 tails = st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 45))
 tails |= st.builds(ScaleInvariant, st.sampled_from([0.5, 10.0]))
 
 
-# Exactness
-
-
-@settings(max_examples=150)
+@pytest.mark.slow
+@settings(max_examples=100)
 @given(
     n=st.integers(0, 60),
     w=st.none() | st.integers(1, 20),
@@ -76,32 +68,17 @@ tails |= st.builds(ScaleInvariant, st.sampled_from([0.5, 10.0]))
     dtype=st.sampled_from(DTYPES),
     encoding=encodings,
     tail=st.none() | tails,
+    documents=st.booleans(),
     chunk=st.sampled_from([1, 7, 1024]),
 )
-def test_attention_equals_the_formula(n, w, heads, d, b, dtype, encoding, tail, chunk):
+def test_attention_equals_the_formula(n, w, heads, d, b, dtype, encoding, tail, documents, chunk):
     h, g = heads
     q, k, v = inputs(n, b, h, g, d, dtype)
+    mask, ids = visible(n, w), document_ids(n) if documents and b == 2 and n else None
     with mock.patch.object(plan, "QUERY_CHUNK", chunk):
-        actual = attended(q, k, v, encoding.module(d), w, distance_bias=tail)
-    if tail is not None:
-        encoding = encoding._replace(bias=bias_formula(tail), gain=gain_formula(tail))
-    assert_attends_exactly(actual, q, k, v, visible(n, w), encoding)
-
-
-@given(
-    w=st.none() | st.integers(1, 30),
-    dtype=st.sampled_from(DTYPES),
-    scale_base=st.sampled_from([64, 0.7]),
-    sloped=st.booleans(),
-    chunk=st.sampled_from([7, 1024]),
-)
-def test_attention_stays_within_documents_and_takes_a_bias_a_head(w, dtype, scale_base, sloped, chunk):
-    q, k, v = inputs(50, dtype=dtype)
-    ids, positions = document_ids(50), (Sloped if sloped else XPOS)(8, scale_base)
-    with mock.patch.object(plan, "QUERY_CHUNK", chunk):
-        actual = attended(q, k, v, positions, w, document_ids=ids)
-    encoding = Encoding(scale_base, bias=getattr(positions, "distance_bias", None))
-    assert_attends_exactly(actual, q, k, v, within_documents(visible(50, w), ids), encoding)
+        actual = attended(q, k, v, encoding.module(d), w, document_ids=ids, distance_bias=tail)
+    mask = mask if ids is None else within_documents(mask, ids)
+    assert_attends_exactly(actual, q, k, v, mask, encoding.with_biases(tail))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,7 +114,7 @@ def test_hidden_future_scores_of_large_inputs_do_not_overflow(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_million_positions_in_blocks_are_finite_and_exact_to_the_last(dtype):
     n, w, d, encoding = 1_000_000, 512, 8, Encoding(512)
     q, k, v = inputs(n, b=1, h=1, g=1, d=d, dtype=dtype, grad=False)
@@ -146,33 +123,6 @@ def test_a_million_positions_in_blocks_are_finite_and_exact_to_the_last(dtype):
     tail = n // w * w - 2 * w  # the last three blocks: outputs of the last two need no more
     q, k, v = q[..., tail + w :, :], k[..., tail:, :], v[..., tail:, :]
     assert_attends_exactly(actual[..., tail + w :, :], q, k, v, visible(k.shape[-2], w)[w:], encoding)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_dense_attention_beyond_the_span_is_finite_and_exact_to_the_last(dtype):
-    n, encoding = 20_000, Encoding(512)
-    assert encoding.module(8).max_span(dtype) < n
-    q, k, v = inputs(n, b=1, h=1, g=1, dtype=dtype, grad=False)
-    actual = attended(q, k, v, encoding.module(8))
-    assert actual.isfinite().all()
-    for i in (0, 1023, 1024, 8849, n - 1):
-        row, before = slice(i, i + 1), slice(0, i + 1)
-        mask = torch.ones(1, i + 1, dtype=torch.bool)
-        assert_attends_exactly(
-            actual[..., row, :], q[..., row, :], k[..., before, :], v[..., before, :], mask, encoding
-        )
-
-
-# Who is seen
-
-
-@WAYS
-@pytest.mark.parametrize("n", [0, 1, 16, 17, 31, 32])
-def test_up_to_two_blocks_are_dense_attention(n, scale_base):
-    q, k, v = inputs(n, grad=False)
-    xpos = XPOS(8, scale_base)
-    assert torch.equal(attended(q, k, v, xpos, 16), attended(q, k, v, xpos))
 
 
 @given(
@@ -195,8 +145,9 @@ def test_a_token_changes_what_sees_it_and_nothing_else_to_the_last_bit(at, w, dt
         assert (after != before)[..., sees, :].any(-1).all()
 
 
-@pytest.mark.parametrize("w", [None, 16], ids=["dense", "blockwise"])
-@pytest.mark.parametrize(("positions", "scale_base"), [(XPOS, 0.2), (Sloped, 64), (Sloped, 0.2)])
+@pytest.mark.parametrize(
+    ("positions", "scale_base", "w"), [(XPOS, 0.2, None), (Sloped, 64, None), (Sloped, 64, 16), (Sloped, 0.2, 16)]
+)
 def test_no_tensor_grows_faster_than_the_sequence(positions, scale_base, w, monkeypatch):
     monkeypatch.setattr(plan, "QUERY_CHUNK", 16)
 
@@ -206,7 +157,7 @@ def test_no_tensor_grows_faster_than_the_sequence(positions, scale_base, w, monk
             attended(q, k, v, positions(8, scale_base), w).sum().backward()
         return seen.largest
 
-    assert largest(65) <= 2 * largest(33)  # twice the blocks after the first are twice the entries
+    assert largest(33) <= 2 * largest(17)  # twice the blocks after the first are twice the entries
 
 
 @WAYS
@@ -220,10 +171,8 @@ def test_dropout_keeps_the_mean(w, scale_base):
     assert (dropped[:, :, 1:].std(0) > 0).all()
 
 
-# The block
-
-
-@settings(max_examples=120)
+@pytest.mark.slow
+@settings(max_examples=100)
 @given(
     n=st.integers(0, 45),
     b=st.integers(0, 2),
@@ -240,17 +189,8 @@ def test_dropout_keeps_the_mean(w, scale_base):
 def test_the_block_equals_the_formula(
     n, b, heads, head_dim, bias, positions, block_size, query_scaling, distance_bias, dtype, autocast
 ):
-    module = block(
-        13,
-        heads[0],
-        query_scaling,
-        distance_bias,
-        num_kv_heads=heads[1],
-        head_dim=head_dim,
-        bias=bias,
-        positions=positions,
-        block_size=block_size,
-    ).to(dtype)
+    options = {"num_kv_heads": heads[1], "head_dim": head_dim, "bias": bias, "block_size": block_size}
+    module = block(13, heads[0], query_scaling, distance_bias, positions=positions, **options).to(dtype)
     autocast = autocast if dtype == torch.float32 else None
     assume(b * n > 0 or not isinstance(distance_bias, LearnedBias))  # whose parameters nothing then depends on
     assert_block_is_exact(module, normal(0, b, n, 13, dtype=dtype), autocast=autocast)
@@ -264,13 +204,12 @@ def test_dropout_acts_in_training_alone():
 
 
 @PATTERNS
-@pytest.mark.parametrize("trained_length", [1, 10, 40])
-def test_log_n_scaling_is_exactly_off_for_queries_within_the_trained_length(trained_length, block_size):
+def test_log_n_scaling_is_exactly_off_for_queries_within_the_trained_length(block_size):
     module, x = block(block_size=block_size), normal(0, 2, 40, 32)
     off = module(x)
-    module.query_scaling = LogNScaling(0.5, trained_length)
+    module.query_scaling = LogNScaling(0.5, 10)
     on = module(x)
-    beyond = visible(40, block_size).sum(-1) > trained_length
+    beyond = visible(40, block_size).sum(-1) > 10
     assert torch.equal(on[:, ~beyond], off[:, ~beyond])
     assert (on != off)[:, beyond].any(-1).all()
     module.query_scaling = None
@@ -294,25 +233,13 @@ def test_a_copy_gives_the_same_numbers(copied):
     assert torch.equal(copied(module)(x), module(x))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_block_made_on_the_meta_device_gives_the_loaded_ones_numbers(dtype):
-    module, x = block(block_size=12).to(dtype), normal(0, 2, 40, 32, dtype=dtype)
+def test_a_block_made_on_the_meta_device_gives_the_loaded_ones_numbers():
+    module, x = block(block_size=12), normal(0, 2, 40, 32)
     with torch.device("meta"):
-        other = MultiHeadAttention(32, 4, block_size=12).to(dtype)
+        other = MultiHeadAttention(32, 4, block_size=12)
     other.to_empty(device="cpu")
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x), module(x))
-
-
-@PATTERNS
-def test_without_rates_it_is_plain_causal_attention(block_size):
-    module = block(positions=lambda head_dim: PositionModule([0j] * (head_dim // 2)), block_size=block_size)
-    x = normal(0, 2, 40, 32)
-    projections = (module.q_proj, module.k_proj, module.v_proj)
-    q, k, v = (linear(x).unflatten(-1, (4, 8)).transpose(1, 2) for linear in projections)
-    attended = scaled_dot_product_attention(q, k, v, attn_mask=visible(40, block_size))
-    expected = module.out_proj(attended.transpose(1, 2).flatten(2))
-    assert relative_error(module(x), expected) <= 40 * roundoff(torch.float32)  # sums of up to 40 terms
 
 
 def test_a_refused_setting_leaves_the_old_one():
@@ -324,23 +251,9 @@ def test_a_refused_setting_leaves_the_old_one():
         assert getattr(module, name) is before
 
 
-# On a GPU
-
-
 @pytest.mark.gpu
 @GPU_DTYPES
-@WAYS
-@pytest.mark.parametrize("g", [4, 1], ids=["equal heads", "multi-query"])
-@pytest.mark.parametrize("w", [None, 32], ids=["dense", "blockwise"])
-def test_attention_equals_the_formula_on_cuda(w, g, scale_base, dtype):
-    q, k, v = inputs(101, g=g, d=16, dtype=dtype)
-    actual = attended(q.cuda(), k.cuda(), v.cuda(), XPOS(16, scale_base), w).cpu()
-    assert_attends_exactly(actual, q, k, v, visible(101, w), Encoding(scale_base))
-
-
-@pytest.mark.gpu
-@GPU_DTYPES
-@pytest.mark.parametrize("positions", [XPOS, Sloped], ids=["no bias", "bias a head"])
+@pytest.mark.parametrize("positions", [XPOS, partial(XPOS, scale_base=0.2), Sloped], ids=["xpos", "in chunks", "bias"])
 @PATTERNS
 def test_the_block_equals_the_formula_on_cuda(positions, block_size, dtype):
     """With a bias that halves can hold, for there it is rounded to them."""

@@ -18,11 +18,8 @@ from reference import (
     Encoding,
     Sloped,
     assert_attends_exactly,
-    bias_formula,
     block,
     double,
-    encoding_of,
-    gain_formula,
     multi_head_attention,
     normal,
     relative_error,
@@ -75,53 +72,43 @@ def decoder(block_size: int | None = None, positions: type[XPOS] = XPOS, **optio
     dtype=st.sampled_from(DTYPES),
     interleaved=st.booleans(),
     max_wavelength=st.sampled_from([None, None, 7.0, 50.0]),
-    tail=st.none()
-    | st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 50))
-    | st.just(ScaleInvariant(3.0)),
+    tail=st.none() | st.builds(SoftTail, st.just(4.0), st.integers(1, 50)) | st.just(ScaleInvariant(3.0)),
+    b=st.sampled_from([0, 2, 2]),
 )
 def test_any_pieces_attend_by_the_formula(
-    sizes, block_size, scale_base, heads, dtype, interleaved, max_wavelength, tail
+    sizes, block_size, scale_base, heads, dtype, interleaved, max_wavelength, tail, b
 ):
     n, (h, g) = sum(sizes), heads
-    q, k, v = (normal(i, 2, count, n, 6, dtype=dtype) for i, count in enumerate((h, g, g)))
+    q, k, v = (normal(i, b, count, n, 6, dtype=dtype) for i, count in enumerate((h, g, g)))
     encoding = Encoding(scale_base, interleaved=interleaved, max_wavelength=max_wavelength)
     positions = encoding.module(6)
-    cache = one_layer(2, g, positions, block_size, max(n, 1), dtype)
+    cache = one_layer(b, g, positions, block_size, max(n, 1), dtype)
     actual = in_pieces(q, k, v, cache, sizes, positions, tail)
-    if tail is not None:
-        encoding = encoding._replace(bias=bias_formula(tail), gain=gain_formula(tail))
-    assert_attends_exactly(actual, q, k, v, visible(n, block_size), encoding)
-
-
-@PATTERNS
-@pytest.mark.parametrize("num_kv_heads", [4, 1])
-@pytest.mark.parametrize(
-    "options", [{}, {"positions": Sloped}, {"distance_bias": SoftTail(4.0, 10), "query_scaling": LogNScaling(0.5, 10)}]
-)
-def test_the_block_gives_what_one_full_forward_gives(block_size, num_kv_heads, options):
-    module, x = decoder(block_size, num_kv_heads=num_kv_heads, **options), normal(0, 2, 90, 32)
-    cache = module.make_cache(2, 90)
-    actual = torch.cat([module(piece, cache=cache) for piece in x.split([20, 1, 1, 33, 1, 0, 34], dim=1)], 1)
-    assert relative_error(actual, multi_head_attention(double(module), x.double())) <= CONTRACT
-    assert relative_error(actual, module(x)) <= CONTRACT
+    assert_attends_exactly(actual, q, k, v, visible(n, block_size), encoding.with_biases(tail))
 
 
 @PATTERNS
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("options", [{}, {"positions": Sloped, "distance_bias": SoftTail(2.0, 5)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_kv_heads": 1},
+        {"positions": Sloped, "distance_bias": SoftTail(2, 5), "query_scaling": LogNScaling(0.5, 10)},
+    ],
+)
 def test_rows_of_different_length_go_on_as_each_would_alone(options, block_size, dtype):
     """Prompts padded on the right, then chunks of which each row takes another part, then single tokens."""
     module = decoder(block_size, **options).to(dtype)
     x = normal(0, 4, 70, 32, dtype=dtype)
-    pieces = [(30, [30, 1, 17, 0]), (9, [2, 9, 0, 9]), *[(1, [1, 1, 1, 1])] * 12, (1, [1, 0, 1, 0]), (6, [6, 5, 1, 3])]
+    pieces = [(30, [30, 1, 17, 0]), (9, [2, 9, 0, 9]), *[(1, [1, 1, 1, 1])] * 12, (1, [0, 0, 0, 0]), (1, [1, 0, 1, 0])]
+    pieces.append((6, [6, 5, 1, 3]))
     cache = module.make_cache(4, 70)
     seen, outputs = [0] * 4, [[] for _ in range(4)]
     for n, counts in pieces:
-        piece = normal(9, 4, n, 32, dtype=dtype)  # what is padding must not count
+        piece = torch.full((4, n, 32), torch.nan, dtype=dtype)  # what is padding must not count
         for row, count in enumerate(counts):
             piece[row, :count] = x[row, seen[row] : seen[row] + count]
         output = module(piece, cache=cache, lengths=torch.tensor(counts))
-        assert output.isfinite().all()
         for row, count in enumerate(counts):
             outputs[row].append(output[row, :count])
             seen[row] += count
@@ -175,20 +162,6 @@ def test_large_keys_do_not_overflow_in_float16(block_size, size):
     assert actual.isfinite().all()
     mask = visible(n, block_size)[rows]
     assert_attends_exactly(actual[..., rows, :], q[..., rows, :], k, v, mask, encoding)
-
-
-# What a cache holds, and what it does with it
-
-
-@PATTERNS
-def test_memory_does_not_grow_by_a_byte(block_size):
-    module = decoder(block_size)
-    cache = module.make_cache(2, 100)
-    before = [(t.data_ptr(), t.untyped_storage().nbytes()) for t in cache.buffers()]
-    for _ in range(100):
-        module(torch.zeros(2, 1, 32), cache=cache)
-    assert [(t.data_ptr(), t.untyped_storage().nbytes()) for t in cache.buffers()] == before
-    assert block_size is None or cache[0].slots == 2 * block_size
 
 
 @PATTERNS
@@ -249,22 +222,6 @@ def test_a_state_goes_over_to_another_dtype_but_not_to_other_positions(block_siz
         module.make_cache(2, 40).load_state_dict(cache.state_dict())
 
 
-@PATTERNS
-def test_padding_may_hold_anything(block_size):
-    module, x = decoder(block_size), normal(0, 2, 20, 32)
-    expected = module(x[:1, :12])
-    x[0, 12:] = torch.nan
-    actual = module(x, cache=module.make_cache(2, 20), lengths=torch.tensor([12, 20]))
-    assert relative_error(actual[:1, :12], expected) <= CONTRACT
-
-
-def test_a_step_in_which_no_row_counts_changes_nothing():
-    module, x = decoder(), normal(0, 2, 1, 32)
-    cache = module.make_cache(2, 9)
-    assert module(x, cache, torch.tensor([0, 0])).isfinite().all()
-    assert torch.equal(module(x, cache), module(x, module.make_cache(2, 9)))
-
-
 def test_a_cache_made_under_autocast_has_its_dtype_and_nothing_a_gradient():
     module, x = decoder(8).requires_grad_(), normal(0, 2, 30, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -278,16 +235,6 @@ def test_a_cache_made_under_autocast_has_its_dtype_and_nothing_a_gradient():
     assert not actual.requires_grad
 
 
-@PATTERNS
-def test_an_empty_piece_or_batch_stays_empty(block_size):
-    module = decoder(block_size)
-    cache = module.make_cache(2, 10)
-    assert module(torch.zeros(2, 0, 32), cache=cache).shape == (2, 0, 32)
-    assert cache.length.tolist() == [0, 0]
-    for n in (1, 5):
-        assert module(torch.zeros(0, n, 32), cache=module.make_cache(0, 10)).shape == (0, n, 32)
-
-
 def test_a_refused_call_leaves_the_cache_as_it_was():
     module, x = decoder(), torch.zeros(2, 5, 32)
     cache = module.make_cache(2, 7)
@@ -297,22 +244,6 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
         module(x, cache=cache)
     assert all(torch.equal(before[name], kept) for name, kept in cache.named_buffers())
     module(x[:, :4], cache=cache)  # which exactly fits
-
-
-# On a GPU
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("block_size", [None, 16], ids=["dense", "blockwise"])
-@pytest.mark.parametrize("positions", [XPOS(16, 64), Sloped(16, 64)], ids=["no bias", "bias a head"])
-def test_any_pieces_attend_by_the_formula_on_cuda(positions, block_size, dtype):
-    q, k, v = (normal(i, 2, heads, 101, 16, dtype=dtype) for i, heads in enumerate((4, 2, 2)))
-    positions = copy.deepcopy(positions).cuda()
-    cache = one_layer(2, 2, positions, block_size, 101, dtype).cuda()
-    actual = in_pieces(q.cuda(), k.cuda(), v.cuda(), cache, [40, 1, 1, 30, 1, 28], positions)
-    encoding = encoding_of(positions, getattr(positions, "distance_bias", None))
-    assert_attends_exactly(actual.cpu(), q, k, v, visible(101, block_size), encoding)
 
 
 @pytest.mark.gpu

@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -35,7 +34,7 @@ L = 16
 NAMES = ["a", "b", "b", "c"]
 
 
-def test_versions_differ_in_far_text_alone() -> None:
+def test_versions_differ_in_far_text_alone():
     windows = random_windows(4, 4 * L + 1)
     versions = far_versions(windows, NAMES, L)
     assert list(versions) == ["absent", "intact", "shuffled", "replaced"]
@@ -55,7 +54,7 @@ def test_versions_differ_in_far_text_alone() -> None:
 
 
 @pytest.mark.parametrize("size", [L // 2, 2 * L])
-def test_far_text_changes_nothing_for_a_model_whose_window_ends_before_it(size: int) -> None:
+def test_far_text_changes_nothing_for_a_model_whose_window_ends_before_it(size):
     torch.manual_seed(0)
     model = sharpened(Transformer(256, 16, 1, 2))  # one layer, so that nothing is handed on
     model.distance_bias = SlidingWindow(size)
@@ -73,12 +72,12 @@ def by_brute_force(window: list[int]) -> list[int]:
 
 
 @given(st.lists(st.integers(0, 2), max_size=80))
-def test_the_distance_is_that_to_the_last_place_of_the_same_bytes(window: list[int]) -> None:
+def test_the_distance_is_that_to_the_last_place_of_the_same_bytes(window):
     assert occurrence_distances(window) == by_brute_force(window)
     assert occurrence_distances(list(b"abcdabcd")) == [0] * 7 + [4]
 
 
-def test_losses_are_averaged_in_octaves_of_the_distance() -> None:
+def test_losses_are_averaged_in_octaves_of_the_distance():
     windows = random_windows(3, 4 * L + 1, tokens=2)
     losses = torch.rand(3, 4 * L, generator=torch.Generator().manual_seed(2))
     expected: dict[int, list[float]] = {}
@@ -127,9 +126,7 @@ def by_hand(model: Transformer, tokens: Tensor, encoding: Encoding) -> list[list
 @pytest.mark.parametrize(
     ("positions", "encoding"), [(partial(XPOS, scale_base=8), Encoding(8)), (RotaryEmbedding, Encoding())]
 )
-def test_expected_scores_are_the_means_of_the_models_own_logits(
-    positions: Any, encoding: Encoding, block_size: Any, farthest: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_expected_scores_are_the_means_of_the_models_own_logits(positions, encoding, block_size, farthest, monkeypatch):
     monkeypatch.setattr(study.context_use, "QUERIES_AT_ONCE", 5)
     torch.manual_seed(0)
     model = sharpened(Transformer(256, 32, 2, 4, num_kv_heads=2, positions=positions, block_size=block_size))
@@ -142,7 +139,7 @@ def test_expected_scores_are_the_means_of_the_models_own_logits(
     assert not any(each._forward_pre_hooks for each in model.attentions)
 
 
-def test_expected_scores_of_alibi_hold_its_bias() -> None:
+def test_expected_scores_of_alibi_hold_its_bias():
     torch.manual_seed(0)
     model = Transformer(256, 16, 1, 2, positions=partial(ALiBi, num_heads=2)).double().eval()
     model.attentions[0].q_proj.weight.data *= 0
@@ -150,9 +147,8 @@ def test_expected_scores_of_alibi_hold_its_bias() -> None:
     assert found.tolist() == [[[-slope * distance for distance in range(9)] for slope in (2**-4, 2**-8)]]
 
 
-def test_cells_hold_the_losses_of_the_last_targets_and_the_table_their_differences(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_cells_hold_the_losses_of_the_last_targets_and_the_table_their_differences(runs, tmp_path, capsys):
     context_use([str(runs)], str(tmp_path), longest=4, windows=4)
     results = results_of(*read_cells(tmp_path / "results.json"))
     (run,) = find_runs([runs / "rotary"])

@@ -37,46 +37,27 @@ CASES = [
     (lambda: rotate_every_two(x[..., :3]), "x must have an even last dimension, got shape (2, 5, 3)"),
     (lambda: duplicate_interleave(x.sum()), "m must have at least one dimension, got a scalar"),
     (lambda: apply_rotary_pos_emb(x[..., :7], table, table), "with an even dim above 0, got (2, 5, 7)"),
-    (lambda: apply_rotary_pos_emb(x[0, 0], table, table), "x must have shape (..., seq_len, dim)"),
     (lambda: apply_rotary_pos_emb(x.long(), table, table), "x must have a floating-point dtype, got torch.int64"),
     (lambda: apply_rotary_pos_emb(x, table.expand(3, 5, 4), table), "sin must be 4 or 8 wide and broadcast against"),
     (lambda: apply_rotary_pos_emb(x, table, table.expand(1, 2, 5, 4)), "of x (2, 5, 8), got (1, 2, 5, 4)"),
-    (lambda: apply_rotary_pos_emb(x, table[:, :3], table), "sin must be 4 or 8 wide and"),
     (lambda: apply_rotary_pos_emb(x, table, table, table[:, :3]), "scale must be 1 or 4 or 8 wide and"),
-    (lambda: apply_rotary_pos_emb(x, table[:4], table), "of x (2, 5, 8), got (4, 4)"),
     # Position modules
     (lambda: RotaryEmbedding(7), "head_dim must be even and above 0, got 7"),
-    (lambda: XPOS(0), "head_dim must be even and above 0, got 0"),
-    (lambda: XPOS(8.0), "head_dim must be even and above 0, got 8.0"),  # type: ignore[arg-type]
-    (lambda: RotaryEmbedding(8, base=0), "base must be above 0 and finite, got 0"),
-    (lambda: XPOS(8, base=math.nan), "base must be above 0 and finite, got nan"),
     (lambda: setattr(XPOS(8), "scale_base", math.nan), "scale_base must be above 0 and finite, got nan"),
     (lambda: XPOS(8, max_wavelength=6), "max_wavelength must leave a pair: at least 6.283, got 6"),
     (lambda: XPOS(8, max_wavelength=-1), "max_wavelength must be above 0, or None for all pairs, got -1"),
-    (lambda: setattr(XPOS(8), "rates", [1j]), "rates must be 4, one for each pair, got 1"),
     (lambda: PositionModule([0.1 + 1j]), "rates must be finite, and their real parts at most 0, got (0.1+1j)"),
-    (lambda: PositionModule([complex("nan")]), "rates must be finite, and their real parts at most 0, got (nan"),
     (lambda: XPOS(6)(x), "x must have shape (..., seq_len, head_dim=6), got (2, 5, 8)"),
     (lambda: XPOS(8)(x.int()), "x must have a floating-point dtype, got torch.int32"),
     (lambda: XPOS(8)(x, -3), "offset must be 0 or above and an integer, got -3"),
-    (lambda: XPOS(8)(x, 2.5), "offset must be 0 or above and an integer, got 2.5"),  # type: ignore[arg-type]
-    (lambda: XPOS(8)(x, torch.arange(5)), "offset must be one integer, got torch.int64 (5,)"),
     # What changes logits
     (lambda: SoftTail(math.nan, 10), "power must be 0 or above and finite, got nan"),
-    (lambda: SoftTail(2.0, 0), "trained_length must be above 0, got 0"),
     (lambda: ScaleInvariant(0.0), "tau must be above 0 and finite, got 0.0"),
     (lambda: LogNScaling(math.inf, 10), "coefficient must be 0 or above and finite, got inf"),
-    (lambda: LogNScaling(0.1, -5), "trained_length must be above 0, got -5"),
     # Attention
-    (lambda: block(32.0), "embed_dim must be above 0 and an integer, got 32.0"),  # type: ignore[arg-type]
-    (lambda: block(32, True), "num_heads must be above 0 and an integer, got True"),
-    (lambda: block(32, "4"), "num_heads must be above 0 and an integer, got '4'"),  # type: ignore[arg-type]
     (lambda: block(32, 5), "embed_dim must be divisible by num_heads=5, got 32; or give head_dim"),
-    (lambda: block(num_kv_heads=0), "num_kv_heads must be above 0 and an integer, got 0"),
     (lambda: block(num_kv_heads=3), "num_kv_heads must divide num_heads=4, got 3"),
-    (lambda: block(28, 4), "head_dim must be even and above 0, got 7"),
     (lambda: block(block_size=0), "block_size must be above 0 and an integer, or None for dense attention, got 0"),
-    (lambda: block(block_size=True), "or None for dense attention, got True"),
     (lambda: block(query_scaling=0.2), "query_scaling must be a LogNScaling or None, got 0.2"),  # type: ignore[arg-type]
     (lambda: block(distance_bias=0.2), "distance_bias must be callable, such as a SoftTail, or None, got 0.2"),  # type: ignore[arg-type]
     (lambda: block(positions=XPOS(8)), "positions must be called with head_dim to give a module"),
@@ -86,30 +67,23 @@ CASES = [
     (lambda: dense(h.long()), "x must have the weights' dtype torch.float32, or run under autocast, got"),
     # Caches
     (lambda: dense.make_cache(2), "max_length must be given for dense attention"),
-    (lambda: dense.make_cache(2, 0), "max_length must be above 0 and an integer, got 0"),
     (lambda: dense.make_cache(-1, 5), "batch_size must be 0 or above and an integer, got -1"),
     (lambda: dense.make_cache(2, 9, dtype=torch.int32), "dtype must be a floating-point one, got torch.int32"),
     (lambda: dense.make_cache(2, 9).select(torch.tensor(1)), "rows must be integers (new batch size,), got"),
     (lambda: dense(h, cache=dense.make_cache(2, 9)[0]), "cache must be one of make_cache, got LayerCache"),
     (lambda: with_cache(dense, blockwise), "'block_size': None, 'part_size': 16}, got one for"),
     (lambda: with_cache(dense, batch_size=3), "cache must be made for {'batch_size': 2, "),
-    (lambda: with_cache(dense, block(num_kv_heads=2)), "'num_kv_heads': 4, 'head_dim': 8, "),
     (lambda: with_cache(dense, block(positions=partial(XPOS, scale_base=2))), "'part_size': 9}, got one for"),
     (lambda: with_cache(dense, dtype=torch.float16), "cache must hold the block's dtype torch.float32, got torch.flo"),
     (lambda: with_cache(dense, lengths=[5, 5]), "lengths must be a tensor of integers, got [5, 5]"),
-    (lambda: with_cache(dense, lengths=torch.tensor([5])), "lengths must be integers of shape (2,), got torch.int64"),
     (lambda: with_cache(dense, lengths=torch.tensor([5, 6])), "lengths must be between 0 and seq_len=5, got [5, 6]"),
     (lambda: with_cache(dense, document_ids=words), "document_ids must be None with a cache"),
     (lambda: dense(h, document_ids=words[:, :4]), "document_ids must be integers of shape (2, 5), got torch.int64"),
     (lambda: dense(h, lengths=torch.tensor([5, 5])), "lengths must be None without a cache"),
     # The model
-    (lambda: model(1.5), "num_layers must be above 0 and an integer, got 1.5"),  # type: ignore[arg-type]
-    (lambda: setattr(model(), "block_size", -3), "block_size must be above 0 and an integer, or None"),
     (lambda: model(block_size=[4]), "block_size must be one for all layers or a list of 2, got a list of 1"),
     (lambda: model(positions=[XPOS] * 3), "positions must be one for all layers or a list of 2, got a list of 3"),
-    (lambda: setattr(model(), "query_scaling", []), "query_scaling must be one for all layers or a list of 2, got a"),
     (lambda: language(x[0]), "tokens must be int64 or int32 (batch, seq_len), got torch.float32 (5, 8)"),
-    (lambda: language(words > 3), "tokens must be int64 or int32 (batch, seq_len), got torch.bool (2, 5)"),
     (lambda: language(words, model(1, block_size=8).make_cache(2)), "cache must have 2 layers, got 1"),
     # Generation: raised by the call, not by the first token
     (lambda: language.stream(words[:, :0], 5), "tokens must have at least one token a row, got (2, 0)"),
@@ -120,7 +94,6 @@ CASES = [
     (lambda: language.stream(words, 5, lengths=torch.tensor([0, 6])), "lengths must be from 1 to seq_len=5, got [0"),
     (lambda: sample(table, math.nan), "temperature must be 0 or above and finite, got nan"),
     (lambda: sample(table, top_k=0), "top_k must be 1 or above, got 0"),
-    (lambda: sample(table, top_p=0), "top_p must be above 0 and at most 1, got 0"),
 ]  # fmt: skip
 
 

@@ -1,12 +1,14 @@
-"""What the examples claim, by the values that they return."""
+"""What the README and the examples claim: its code runs as printed, their values are what they say."""
 
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES, README = ROOT / "examples", (ROOT / "README.md").read_text()
 ROUNDOFF = torch.finfo(torch.float32).eps
 ROUNDOFF_64 = torch.finfo(torch.float64).eps
 
@@ -62,3 +64,16 @@ def test_retention_is_the_same_in_parallel_and_recurrent_form():
 def test_every_example_is_run_here():
     tested = Path(__file__).read_text()
     assert all(f'claims("{path.stem}")' in tested for path in EXAMPLES.glob("*.py"))
+
+
+def test_the_readmes_examples_run_one_after_the_other():
+    names = {}
+    for example in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        exec(compile(example, "README.md", "exec"), names)
+    assert {"attention", "cache", "model", "q", "k"} <= names.keys()
+
+
+def test_every_file_that_the_readme_names_is_there():
+    links, configs = (re.findall(each, README) for each in (r"\]\((?!http)([^)#]+)\)", r"\b(configs/\w+\.yaml)"))
+    for path in links + configs:
+        assert (ROOT / path).exists(), path

@@ -3,22 +3,21 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny import complaint_of, random_windows, sharpened
-from torch import Tensor, nn
+from torch import Tensor
 
 import train.extrapolate
 from train.data import Document
 from train.errors import UserError, command
 from train.extrapolate import binned, choose_windows, extrapolate, losses_of, pieced_losses, token_losses
 from train.measure import octaves
-from train.modes import Mode, SlidingWindow, standard_modes
-from xpos_zoo import XPOS, LogNScaling, MultiHeadAttention, RotaryEmbedding, SoftTail, Transformer
+from train.modes import Mode, standard_modes
+from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail, Transformer
 from xpos_zoo.plan import first_seen
 
 L = 16
@@ -52,7 +51,8 @@ def by_hand(model: Callable[[Tensor], Tensor], window: Tensor, context: int, rec
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("positions", [partial(XPOS, scale_base=8), RotaryEmbedding])
-def test_every_target_is_predicted_from_the_context_alone(positions: Any, mode: str) -> None:
+def test_every_target_is_predicted_from_the_context_alone(positions, mode, monkeypatch):
+    monkeypatch.setattr(train.extrapolate, "TOKENS_AT_ONCE", 3 * L)  # nor do losses depend on what goes together
     transformer, chosen = model(positions=positions), MODES[mode]
     chosen.set_on(transformer)
     predict = partial(token_losses, transformer, recompute=L // 2 if chosen.recompute else None)
@@ -63,19 +63,8 @@ def test_every_target_is_predicted_from_the_context_alone(positions: Any, mode: 
         torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING * float(expected.max()))
 
 
-def test_a_model_without_memory_has_the_same_losses_at_every_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    predict = partial(token_losses, nn.Embedding(256, 256))  # type: ignore[arg-type]
-    windows = random_windows(7, 8 * L + 1)
-    whole = targets_of(predict, windows, 8 * L)
-    for at_once in (1, 3 * L, 8192):  # nor do losses depend on how many windows go through together
-        monkeypatch.setattr(train.extrapolate, "TOKENS_AT_ONCE", at_once)
-        for context in CONTEXTS:
-            found = targets_of(predict, windows, context)
-            torch.testing.assert_close(found, whole, rtol=ROUNDING, atol=0)
-
-
-@pytest.mark.parametrize("length", [4, 16, 128])
-def test_blockwise_targets_see_the_same_number_of_keys_from_the_trained_length_on(length: int) -> None:
+@pytest.mark.parametrize("length", [4, 16])
+def test_blockwise_targets_see_the_same_number_of_keys_from_the_trained_length_on(length):
     block_size = next(mode.block_size for mode in standard_modes(length) if mode.name == "BCA")
     assert block_size is not None
     seen = []
@@ -86,19 +75,7 @@ def test_blockwise_targets_see_the_same_number_of_keys_from_the_trained_length_o
     assert sorted({keys % block_size for keys in seen[0]}) == list(range(block_size))  # every phase of a block once
 
 
-def test_blockwise_losses_are_those_of_pieces_and_of_a_cache() -> None:
-    blockwise, windows = model(layers=1, block_size=TARGETS), random_windows(2, 4 * L + 1)
-    whole = token_losses(blockwise, windows)
-    pieces = token_losses(blockwise, windows, recompute=TARGETS)
-    torch.testing.assert_close(pieces, whole, rtol=0, atol=ROUNDING * float(whole.max()))
-    cache = blockwise.make_cache(2, 4 * L)
-    with torch.no_grad():
-        logits = torch.cat([blockwise(part, cache) for part in windows[:, :-1].split(5, 1)], 1)
-    cached = torch.nn.functional.cross_entropy(logits.mT.float(), windows[:, 1:], reduction="none")
-    torch.testing.assert_close(cached, whole, rtol=0, atol=ROUNDING * float(whole.max()))
-
-
-def test_a_position_module_is_rescaled_for_each_context_from_the_trained_one() -> None:
+def test_a_position_module_is_rescaled_for_each_context_from_the_trained_one():
     def slower(rotary: RotaryEmbedding, scale: float) -> RotaryEmbedding:
         return RotaryEmbedding(rotary.head_dim, base=rotary.base * scale)
 
@@ -112,7 +89,7 @@ def test_a_position_module_is_rescaled_for_each_context_from_the_trained_one() -
     assert rescaled[4 * L] == pytest.approx(float(alone[:, -TARGETS:].mean()), rel=1e-6)
 
 
-def test_the_papers_own_table_is_of_pieces_that_do_not_overlap() -> None:
+def test_the_papers_own_table_is_of_pieces_that_do_not_overlap():
     transformer, windows = model(layers=1), random_windows(2, 8 * L + 1)
     chunked = losses_of(transformer, MODES["BCA"], windows, L)["chunked"]["loss"].tolist()
     for context, loss in zip(CONTEXTS, chunked, strict=True):
@@ -120,7 +97,7 @@ def test_the_papers_own_table_is_of_pieces_that_do_not_overlap() -> None:
         assert loss == pytest.approx(float(torch.cat(pieces, 1).mean()), rel=1e-5)
 
 
-def test_losses_by_position_are_in_bins_of_half_an_octave_that_end_at_powers_of_two() -> None:
+def test_losses_by_position_are_in_bins_of_half_an_octave_that_end_at_powers_of_two():
     bins = binned([float(position) for position in range(1, 2001)])
     ends = bins["tokens"].cumsum()
     first = ends - bins["tokens"] + 1
@@ -129,7 +106,7 @@ def test_losses_by_position_are_in_bins_of_half_an_octave_that_end_at_powers_of_
     assert bins["position"].tolist() == pytest.approx(((first * ends) ** 0.5).tolist())
 
 
-def test_a_mode_leaves_what_a_model_was_trained_with() -> None:
+def test_a_mode_leaves_what_a_model_was_trained_with():
     own = {"block_size": 4, "query_scaling": LogNScaling(0.5, 8), "distance_bias": SoftTail(1.0, 8)}
     for mode in MODES.values():
         trained: Any = Transformer(256, 16, 2, 2)
@@ -142,17 +119,6 @@ def test_a_mode_leaves_what_a_model_was_trained_with() -> None:
             assert getattr(second, name) is getattr(mode, name)
 
 
-def test_a_sliding_window_is_attention_to_the_last_keys_alone() -> None:
-    torch.manual_seed(0)
-    block, x = MultiHeadAttention(16, 2).double(), torch.randn(1, 17, 16, dtype=torch.float64)
-    whole = block(x)
-    block.distance_bias = SlidingWindow(5)
-    found = block(x)
-    torch.testing.assert_close(found[:, :5], whole[:, :5])
-    for n in range(5, 17):
-        torch.testing.assert_close(found[:, n], block(x[:, n - 4 : n + 1])[:, -1])
-
-
 def documents(*sizes: int) -> list[Document]:
     starts = np.cumsum((0, *sizes))
     return [
@@ -161,7 +127,7 @@ def documents(*sizes: int) -> list[Document]:
     ]
 
 
-def test_windows_come_from_as_many_documents_as_there_are_and_never_overlap() -> None:
+def test_windows_come_from_as_many_documents_as_there_are_and_never_overlap():
     given = documents(30, 9, 10, 25)
     windows, names = choose_windows(given, 10, 100)
     assert names == ["d0", "d2", "d3", "d0", "d3", "d0"]  # each once, before any a second time; d1 is too short
@@ -179,9 +145,8 @@ def test_windows_come_from_as_many_documents_as_there_are_and_never_overlap() ->
         choose_windows(given, 31, 4)
 
 
-def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(runs, tmp_path, capsys):
     results = extrapolate([str(runs)], str(tmp_path / "out"), longest=4, windows=6)
     printed, report = capsys.readouterr().out, (tmp_path / "out" / "report.md").read_text()
     losses = results.tables["loss"]
@@ -193,20 +158,16 @@ def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(
             # nats, difference, perplexity, bits; and the paper's own table
             assert report.count(row) == 4 + (mode.name in ("dense", "BCA"))
     mean = losses.query("encoding == 'xPos' and mode == 'dense' and context == 64")["loss"].mean()
-    rows = [line for line in report.splitlines() if line.startswith("| xPos, dense  ")]
-    assert rows[0] in printed
-    for row, entry in zip(
-        rows, (f"{mean:.3f}", "", f"{math.exp(mean):.2f}", f"{mean / math.log(2):.3f}"), strict=False
-    ):
-        assert entry in row.split("|")[-2]
+    nats, _, perplexity, bits, *_ = [line for line in report.splitlines() if line.startswith("| xPos, dense  ")]
+    assert nats in printed
+    for row, entry in ((nats, mean), (perplexity, math.exp(mean)), (bits, mean / math.log(2))):
+        assert float(row.split("|")[-2].split()[0]) == pytest.approx(entry, abs=0.006)
     assert "held-out documents, seeds [1, 2]; trained at L = 16 for 8 steps" in printed
     assert (tmp_path / "out" / "extrapolation.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert str(tmp_path / "out" / "extrapolation.png") in printed
 
 
-def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(
-    runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(runs, tmp_path, capfd):
     for options, message in (
         ("--longest=3", "longest a power of two, got 24 and 3"),
         ("--windows=0", "windows must be above 0, and longest a power of two, got 0 and 64"),

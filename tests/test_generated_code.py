@@ -15,9 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
-@pytest.mark.parametrize(
-    ("dtype", "interleaved"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)]
-)
+@pytest.mark.parametrize(("dtype", "interleaved"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_queries_and_keys_rotate_in_a_kernel_besides_that_of_their_table(dtype, interleaved, compiler_counts):
     """And with gradients it is one kernel more."""
     xpos, at = XPOS(16, interleaved=interleaved), torch.arange(64)
@@ -64,13 +62,12 @@ def test_the_block_is_as_exact(compiler_counts):
         assert_block_is_exact(module, normal(0, 2, n, 32), run)
 
 
-@PATTERNS
-def test_a_step_draws_the_same_tokens_from_one_graph(block_size, compiler_counts):
-    transformer = model(1, block_size=block_size).eval().requires_grad_(False)
+def test_a_step_draws_the_same_tokens_from_one_graph(compiler_counts):
+    transformer = model(1, block_size=8).eval().requires_grad_(False)
     for parameter in transformer.parameters():
         parameter.data *= 6  # so that logits are far apart
     decode = torch.compile(transformer, fullgraph=True)
-    ours, expected = (transformer.generate(tokens(3, 11), 100, temperature=0, decode=each) for each in (decode, None))
+    ours, expected = (transformer.generate(tokens(3, 11), 40, temperature=0, decode=each) for each in (decode, None))
     assert torch.equal(ours, expected)
     assert compiler_counts["stats"]["unique_graphs"] == 1
     assert not compiler_counts["graph_break"]

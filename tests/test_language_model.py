@@ -1,14 +1,13 @@
 """The language model that Lightning trains: its loss, its optimizer, its initial weights."""
 
 import math
-from functools import partial, partialmethod
+from functools import partialmethod
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.utilities import GradClipAlgorithmType
-from tiny import same
+from tiny import random_windows, same
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -22,10 +21,6 @@ def model(context_length: int = 16, **changes) -> LanguageModel:
     return LanguageModel(context_length, **(SMALL | changes))
 
 
-def windows(count: int = 3, length: int = 17) -> Tensor:
-    return torch.randint(256, (count, length), generator=torch.Generator().manual_seed(0))
-
-
 def loss_of(module: LanguageModel, batch: Tensor) -> Tensor:
     return cross_entropy(*module.predictions(batch))
 
@@ -36,8 +31,8 @@ def optimizer_of(module: LanguageModel, max_steps: int):
     return configured["optimizer"], configured["lr_scheduler"]["scheduler"]
 
 
-def test_the_loss_is_the_cross_entropy_of_each_next_token() -> None:
-    module, tokens = model().double(), windows()
+def test_the_loss_is_the_cross_entropy_of_each_next_token():
+    module, tokens = model().double(), random_windows(3, 17)
     logits = module(tokens[:, :-1]).tolist()
     surprises = []
     for row, sequence in zip(logits, tokens.tolist(), strict=True):
@@ -48,24 +43,7 @@ def test_the_loss_is_the_cross_entropy_of_each_next_token() -> None:
     assert loss_of(module, tokens).item() == pytest.approx(math.fsum(surprises) / len(surprises), rel=rounding)
 
 
-def test_a_token_is_predicted_from_those_before_it_alone() -> None:
-    module, tokens = model().double(), windows(1)
-    changed = tokens.clone()
-    changed[0, -1] += 1
-    assert torch.equal(module(tokens)[:, :-1], module(changed)[:, :-1])
-
-
-def test_each_layer_can_have_positions_and_blocks_of_its_own() -> None:
-    module = model(positions=[XPOS, partial(RotaryEmbedding, max_wavelength=100)], block_size=[4, None])
-    xpos, rotary = (attention.positions for attention in module.transformer.attentions)
-    assert isinstance(xpos, XPOS)
-    assert xpos.scale_base == module.hparams["scale_base"] == 8.0
-    assert isinstance(rotary, RotaryEmbedding)
-    assert rotary.max_wavelength == 100
-    assert module.transformer.block_size == [4, None]
-
-
-def test_weight_decay_is_on_matrices_alone_and_no_parameter_is_forgotten() -> None:
+def test_weight_decay_is_on_matrices_alone_and_no_parameter_is_forgotten():
     module = model(weight_decay=0.3)
     optimizer, _ = optimizer_of(module, 10)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -76,27 +54,15 @@ def test_weight_decay_is_on_matrices_alone_and_no_parameter_is_forgotten() -> No
 
 
 @pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", True), ("16-mixed", False)])
-def test_scaled_gradients_are_unscaled_before_they_are_clipped(
-    precision: str, fused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scaled_gradients_are_unscaled_before_they_are_clipped(precision, fused, monkeypatch):
     monkeypatch.setattr(L.Trainer, "precision", precision)  # without CUDA, Lightning replaces 16-mixed
     optimizer, _ = optimizer_of(model(), 10)
     assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused  # by which Lightning leaves it to the step
 
 
-@pytest.mark.parametrize(("algorithm", "expected"), [("norm", [0.6, 0.8]), ("value", [1.0, 1.0])])
-def test_gradients_are_clipped_as_the_trainer_says(algorithm: str, expected: list[float]) -> None:
-    module = model()
-    weight = next(module.parameters())
-    weight.grad = torch.zeros_like(weight)
-    weight.grad[0, :2] = torch.tensor([3.0, 4.0])
-    module.configure_gradient_clipping(None, 1.0, GradClipAlgorithmType(algorithm))
-    assert weight.grad[0, :2].tolist() == pytest.approx(expected, rel=1e-6)  # torch divides by norm + 1e-6
-
-
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
-@pytest.mark.parametrize(("warmup", "steps"), [(5, 40), (1, 10), (10, 10), (20, 10), (9, 10)])
-def test_the_learning_rate_rises_linearly_then_follows_its_schedule(schedule: Any, warmup: int, steps: int) -> None:
+@pytest.mark.parametrize(("warmup", "steps"), [(5, 40), (10, 10), (20, 10), (9, 10)])
+def test_the_learning_rate_rises_linearly_then_follows_its_schedule(schedule, warmup, steps):
     peak = 2e-3
     optimizer, scheduler = optimizer_of(model(learning_rate=peak, warmup_steps=warmup, schedule=schedule), steps)
     rates = []
@@ -121,18 +87,17 @@ def test_the_learning_rate_rises_linearly_then_follows_its_schedule(schedule: An
     assert rates == pytest.approx([expected(step) for step in range(steps + 1)], rel=1e-13)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_both_encodings_start_from_the_same_weights(seed: int) -> None:
+def test_both_encodings_start_from_the_same_weights():
     states = []
     for positions in (XPOS, RotaryEmbedding):
-        L.seed_everything(seed)
+        L.seed_everything(1)
         states.append(dict(model(positions=positions).named_parameters()))
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_checkpointed_activations_give_the_same_gradients_from_less_memory() -> None:
-    tokens, gradients, kept = windows(2, 33), [], []
+def test_checkpointed_activations_give_the_same_gradients_from_less_memory():
+    tokens, gradients, kept = random_windows(2, 33), [], []
     for checkpointed in (False, True):
         torch.manual_seed(0)
         module = model(32, num_layers=3, dropout=0.1, checkpoint_activations=checkpointed)
@@ -154,39 +119,22 @@ def test_checkpointed_activations_give_the_same_gradients_from_less_memory() -> 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at every input's
-def test_compiled_layers_give_the_same_loss_and_the_same_checkpoint_keys(compiler_counts) -> None:
-    torch.manual_seed(0)
-    eager = model()
-    compiled = model(compile=True)
-    compiled.load_state_dict(eager.state_dict())
-    for module in (eager, compiled):
-        module.configure_model()
-    tokens = windows()
-    losses = [loss_of(module, tokens).item() for module in (eager, compiled)]
-    exact = loss_of(eager.double(), tokens).item()
-    assert all(layer._compiled_call_impl is None for layer in eager.transformer.layers)
-    assert all(layer._compiled_call_impl is not None for layer in compiled.transformer.layers)
-    assert compiler_counts["stats"]["unique_graphs"] >= 1
-    eager_error = max(abs(losses[0] - exact), torch.finfo(torch.float32).eps * exact)
-    assert abs(losses[1] - exact) <= 8 * eager_error
-    assert compiled.state_dict().keys() == eager.state_dict().keys()
-    assert not [name for name in compiled.state_dict() if "_orig_mod" in name]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.usefixtures("compiler_counts")
 @torch._dynamo.config.patch(recompile_limit=8)
-def test_layers_of_many_kinds_are_compiled_for_training_and_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_layers_of_many_kinds_give_the_same_losses_and_the_same_checkpoint_keys(monkeypatch):
+    """In training and validation, of another number of windows."""
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))  # the same graphs
     kinds: dict[str, Any] = {"positions": [XPOS, RotaryEmbedding], "block_size": [4, None]}
     torch.manual_seed(0)
     eager, compiled = (model(compile=compile, **kinds) for compile in (False, True))
     compiled.load_state_dict(eager.state_dict())
-    compiled.configure_model()
+    for module, is_compiled in ((eager, False), (compiled, True)):
+        module.configure_model()
+        assert all((layer._compiled_call_impl is not None) == is_compiled for layer in module.transformer.layers)
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
     for count, training in ((3, True), (3, False), (2, False)):
         losses = []
         for module in (eager, compiled):
             with torch.set_grad_enabled(training):
-                losses.append(loss_of(module.train(training), windows(count)).item())
+                losses.append(loss_of(module.train(training), random_windows(count, 17)).item())
         assert losses[1] == pytest.approx(losses[0], rel=64 * torch.finfo(torch.float32).eps)

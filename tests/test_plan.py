@@ -10,14 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import PATTERNS, Operations, block, document_ids, model, normal, tokens, visible, within_documents
+from reference import PATTERNS, Operations, block, document_ids, model, tokens, visible, within_documents
 from torch.distributed.utils import _apply_to_tensors
 
-from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail, Transformer
+from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail
 from xpos_zoo.attention import plan_layers
 from xpos_zoo.plan import first_seen, sees
-
-# Who sees whom
 
 
 @given(n=st.integers(0, 40), block_size=st.none() | st.integers(1, 20))
@@ -31,9 +29,6 @@ def test_documents_and_places_without_a_key_are_hidden():
     at, ids = torch.arange(30), document_ids(30)
     assert torch.equal(sees(at, at, 7, ids, ids)[:, None], within_documents(visible(30, 7), ids))
     assert not sees(at, -1 - at, None).any()
-
-
-# What is made once
 
 
 def decode_operations(num_layers: int, block_size: int | None) -> Operations:
@@ -99,9 +94,6 @@ def test_mixed_precision_that_casts_arguments_leaves_a_plan_alone():
     assert torch.equal(cast.q_table, table)
 
 
-# A forward that fails
-
-
 @PATTERNS
 @pytest.mark.parametrize("sizes", [[5, 1], [5, 20], [13, 1, 7]])
 @pytest.mark.parametrize("part", ["layers.2", "head"])
@@ -127,34 +119,12 @@ def test_a_forward_that_raises_leaves_the_cache_as_it_was(part, sizes, block_siz
         assert torch.equal(transformer(piece, cache), transformer(piece, untouched))
 
 
-# Layers that differ
-
-
-def hybrid() -> Transformer:
+def test_a_hybrid_gives_the_same_from_a_cache_as_at_once():
     """Local layers of xPos, and a global one of partial xPos that sharpens."""
     local, everywhere = partial(XPOS, scale_base=4), partial(XPOS, scale_base=8, max_wavelength=40)
-    return model(
-        3,
-        positions=[local, local, everywhere],
-        block_size=[4, 8, None],
-        query_scaling=[None, None, LogNScaling(0.3, 10)],
-        num_kv_heads=2,
-    ).requires_grad_(False)
-
-
-def test_a_hybrid_gives_the_same_from_a_cache_as_at_once():
-    transformer, words = hybrid(), tokens(2, 50)
+    options = {"positions": [local, local, everywhere], "block_size": [4, 8, None], "num_kv_heads": 2}
+    transformer = model(3, query_scaling=[None, None, LogNScaling(0.3, 10)], **options).requires_grad_(False)
+    words = tokens(2, 50)
     cache = transformer.make_cache(2, 50)
     pieces = [transformer(piece, cache) for piece in words.split([17, 1, 1, 30, 1], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, 1), transformer(words), rtol=1e-5, atol=1e-5)
-
-
-def test_each_layer_of_a_hybrid_attends_in_its_own_way():
-    transformer, x = hybrid(), normal(0, 2, 40, 32)
-    assert transformer.block_size == [4, 8, None]
-    assert transformer.query_scaling == [None, None, LogNScaling(0.3, 10)]
-    changed = x.clone()
-    changed[:, 3] += 1
-    for attention, block_size in zip(transformer.attentions, [4, 8, None], strict=True):
-        reached = (attention(changed) != attention(x)).any(-1).all(0)
-        assert torch.equal(reached, visible(40, block_size)[:, 3])

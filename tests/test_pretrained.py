@@ -17,7 +17,6 @@ SIZES: dict[str, Any] = {"vocab_size": 11, "embed_dim": 16, "num_layers": 2, "nu
 TOKENS = torch.randint(11, (2, 20), generator=torch.Generator().manual_seed(0))
 MODELS: dict[str, dict[str, Any]] = {
     "default": {},
-    "float64": {"dtype": torch.float64},
     "bfloat16": {"dtype": torch.bfloat16},
     "half-split": {"positions": partial(XPOS, scale_base=6.1, base=100.0, interleaved=False)},
     "rotary": {"positions": partial(RotaryEmbedding, base=77.7, interleaved=False), "tie_embeddings": False},
@@ -47,6 +46,7 @@ def test_a_model_that_is_saved_and_loaded_gives_the_same_logits_bit_for_bit(opti
     dtypes = ({name: t.dtype for name, t in each.state_dict().items()} for each in (model, loaded))
     assert next(dtypes) == next(dtypes)
     assert torch.equal(loaded(TOKENS), model(TOKENS))
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in loaded.parameters())
     assert (loaded.head.weight is loaded.embedding.weight) == model.config.tie_embeddings
     assert ("head.weight" in safetensors_torch.load_file(tmp_path / "model/model.safetensors")) != (
         model.config.tie_embeddings
@@ -62,29 +62,13 @@ def test_a_model_of_a_configuration_is_a_fresh_one_of_its_arguments():
     assert fresh.config == same.config == Transformer.from_config(fresh.config).config
 
 
-def test_a_loaded_model_can_be_trained_on(tmp_path):
-    make().save_pretrained(tmp_path)
-    model = Transformer.from_pretrained(tmp_path).train()
-    model(TOKENS).sum().backward()
-    assert all(p.grad is not None and p.is_leaf for p in model.parameters())
-
-
 def test_the_configuration_is_plain_and_complete(tmp_path):
     make(positions=partial(XPOS, scale_base=64), block_size=8).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == {
-        "format": "xpos_zoo.Transformer",
-        "version": 2,
-        **SIZES,
-        "hidden_dim": 64,
-        "tie_embeddings": True,
-        "num_kv_heads": 2,
-        "head_dim": 8,
-        "block_size": 8,
-        "dropout": 0.0,
-        "positions": {"name": "XPOS", "scale_base": 64, "base": 10000.0, "max_wavelength": None, "interleaved": True},
-        "query_scaling": None,
-        "distance_bias": None,
-    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    positions = {"name": "XPOS", "scale_base": 64, "base": 10000.0, "max_wavelength": None, "interleaved": True}
+    sizes = SIZES | {"hidden_dim": 64, "num_kv_heads": 2, "head_dim": 8, "block_size": 8, "dropout": 0.0}
+    settings = {"positions": positions, "tie_embeddings": True, "query_scaling": None, "distance_bias": None}
+    assert config == {"format": "xpos_zoo.Transformer", "version": 2} | sizes | settings
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -167,25 +151,19 @@ def stored(change):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "there is no "),
         (lambda folder: (folder / "model.safetensors").unlink(), "there is no "),
         (cut("config.json"), "config.json: "),
         (cut("model.safetensors"), "model.safetensors: "),
-        (lambda folder: torch.save({}, folder / "model.safetensors"), "model.safetensors: "),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json: must be a mapping with format "),
         (edited(format="gpt2"), "config.json: must be a mapping with format 'xpos_zoo.Transformer'"),
         (edited(version=3), "config.json: must be a mapping with version 2"),
         (edited(head_dim=...), "config.json: lacks 'head_dim'"),
         (edited(head_dimm=3), "config.json: has an unknown 'head_dimm'"),
-        (edited(embed_dim="wide"), "config.json: embed_dim must be above 0 and an integer"),
         (edited(num_kv_heads=3), "config.json: num_kv_heads must divide num_heads=2, got 3"),
-        (edited(positions="XPOS"), "config.json: positions must be a mapping with the name XPOS or RotaryEmbedding"),
         (edited(positions={"name": "os.system"}), "config.json: positions must be a mapping with the name XPOS or "),
         (edited(positions={"name": "XPOS", "scale": 3}), "unexpected keyword argument 'scale'"),
-        (edited(positions={"name": "XPOS", "scale_base": 0}), "config.json: scale_base must be above 0 and finite"),
         (edited(distance_bias={"name": "eval"}), "distance_bias must be a mapping with the name SoftTail or"),
         (edited(hidden_dim=32), "size mismatch for layers.0.feed_forward.gate_proj.weight"),
-        (edited(num_layers=1), "model.safetensors: "),
         (stored(lambda weights: weights.pop("norm.weight")), 'Missing key(s) in state_dict: "norm.weight"'),
         (stored(lambda weights: weights["layers.0.attention.positions.scale"].mul_(2)), "scale must be (i / (head_dim"),
     ],

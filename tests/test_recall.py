@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,9 +50,7 @@ def windows(count: int, length: int = 64, couples: int = 8, longest: int = 64, *
 
 
 @pytest.mark.parametrize(("length", "couples", "longest"), [(64, 8, 64), (8, 1, 8), (128, 11, 100)])
-def test_every_key_is_bound_once_and_then_asked_once_and_all_else_is_filler(
-    length: int, couples: int, longest: int
-) -> None:
+def test_every_key_is_bound_once_and_then_asked_once_and_all_else_is_filler(length, couples, longest):
     for window in windows(100, length, couples, longest):
         tokens = window.tokens.tolist()
         keys = [key_of(token) for token in tokens]
@@ -68,7 +65,7 @@ def test_every_key_is_bound_once_and_then_asked_once_and_all_else_is_filler(
         assert all(token in FILLERS for at, token in enumerate(tokens) if at not in taken)
 
 
-def test_distances_are_all_that_fit_and_log_uniform_and_values_uniform() -> None:
+def test_distances_are_all_that_fit_and_log_uniform_and_values_uniform():
     many = windows(4000)
     distances = np.concatenate([window.questions - window.bindings + 1 for window in many])
     assert set(distances.tolist()) == set(range(2, 65))
@@ -82,7 +79,7 @@ def test_distances_are_all_that_fit_and_log_uniform_and_values_uniform() -> None
         assert answers[answer] / len(distances) == pytest.approx(1 / VALUES, abs=5 * (0.08 / len(distances)) ** 0.5)
 
 
-def test_targets_are_the_answers_and_a_window_hangs_on_its_split_and_number_alone() -> None:
+def test_targets_are_the_answers_and_a_window_hangs_on_its_split_and_number_alone():
     one, other = RecallWindows(64, 8, "train", 100), RecallWindows(64, 8, "train", 2**32)
     different = set()
     for i in reversed(range(50)):
@@ -95,7 +92,7 @@ def test_targets_are_the_answers_and_a_window_hangs_on_its_split_and_number_alon
     assert len(different) == 150
 
 
-def test_a_size_out_of_range_is_named_as_the_configuration_names_it() -> None:
+def test_a_size_out_of_range_is_named_as_the_configuration_names_it():
     with pytest.raises(UserError, match=r"data\.context_length must be 8 or above, got 7"):
         RecallData(7)
     with pytest.raises(UserError, match=r"data\.couples must be at most 4 with context_length 16, got 8"):
@@ -116,7 +113,7 @@ def knows(tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_a_question_stands_at_its_distance_and_every_phase_of_a_block_is_asked_equally(distance: int) -> None:
+def test_a_question_stands_at_its_distance_and_every_phase_of_a_block_is_asked_equally(distance):
     asked = ask(distance, 1, SAMPLES, COUPLES, L)
     assert asked.windows.shape[1] == distance + L // 2 - 1
     assert Counter((asked.at % (L // 2)).tolist()) == dict.fromkeys(range(L // 2), SAMPLES // (L // 2))
@@ -130,9 +127,7 @@ def test_a_question_stands_at_its_distance_and_every_phase_of_a_block_is_asked_e
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_a_model_that_knows_scores_all_and_with_the_last_tokens_alone_what_they_hold(
-    distance: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_knows_scores_all_and_with_the_last_tokens_alone_what_they_hold(distance, monkeypatch):
     asked = ask(distance, 1, SAMPLES, COUPLES, L)
     for at_once in (1, 8192):
         monkeypatch.setattr(study.recall, "TOKENS_AT_ONCE", at_once)
@@ -150,12 +145,12 @@ def test_a_model_that_knows_scores_all_and_with_the_last_tokens_alone_what_they_
         (20, 20, (1 - 0.1611, 1.0)),
     ],
 )
-def test_wilson_intervals_are_the_published_ones(right: int, count: int, expected: tuple[float, float]) -> None:
+def test_wilson_intervals_are_the_published_ones(right, count, expected):
     assert wilson(right, count) == pytest.approx(expected, abs=5e-5)
 
 
 @pytest.mark.slow
-def test_a_model_is_trained_on_the_task_and_measured(tmp_path: Path) -> None:
+def test_a_model_is_trained_on_the_task_and_measured(tmp_path):
     sizes = {"data.context_length": L, "data.couples": COUPLES, "data.val_windows": 4, "data.batch_size": 4}
     sizes |= {"model.embed_dim": 16, "model.num_layers": 1, "trainer.max_steps": 2, "trainer.log_every_n_steps": 1}
     configs = [f"--config={CONFIGS / name}.yaml" for name in ("recall", "xpos")]

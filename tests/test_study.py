@@ -81,15 +81,13 @@ def at(**rises: float) -> Rise:
         ("no worse", [("xPos", "BCA", at(x8=0.011)), ("xPos", "recompute", flat)], False, "+0.0110], at 8 L"),
     ],
 )
-def test_a_threshold_is_met_on_its_one_side_and_missed_on_the_other(
-    claim: str, cells: list[tuple[str, str, Rise]], met: bool, figure: str
-) -> None:
+def test_a_threshold_is_met_on_its_one_side_and_missed_on_the_other(claim, cells, met, figure):
     verdict = told([cell(*each) for each in cells])[claim]
     assert verdict.startswith("met: " if met else "MISSED: ")
     assert figure in verdict
 
 
-def test_the_fair_comparison_is_reported_whichever_way_it_falls() -> None:
+def test_the_fair_comparison_is_reported_whichever_way_it_falls():
     for xpos, rope, sign in ((0.03, 0.01, "+0.0200"), (0.01, 0.05, "-0.0400")):
         pairs = itertools.product((("xPos", xpos), ("RoPE", rope)), (1, 2))
         cells = [cell(encoding, "BCA", at(x4=rise), seed) for (encoding, rise), seed in pairs]
@@ -100,7 +98,7 @@ def test_the_fair_comparison_is_reported_whichever_way_it_falls() -> None:
 
 
 @pytest.mark.parametrize(("longest", "expected"), [(1, "-------"), (2, "-+-----"), (4, "++---r-"), (64, "+++++r+")])
-def test_a_threshold_is_not_judged_before_its_context_is_reached(longest: int, expected: str) -> None:
+def test_a_threshold_is_not_judged_before_its_context_is_reached(longest, expected):
     def rise(encoding: str, mode: str) -> Rise:
         return flat if encoding == "xPos" or mode == "BCA" else lambda x: max(0, x / 2 - 0.6)
 
@@ -115,7 +113,7 @@ def test_a_threshold_is_not_judged_before_its_context_is_reached(longest: int, e
     assert told([unsteady])["flat"].startswith("MISSED: ")
 
 
-def test_the_documents_hold_every_table_as_the_results_have_it() -> None:
+def test_the_documents_hold_every_table_as_the_results_have_it():
     marked = [match[1] for path in DOCUMENTS for match in MARKED.finditer(path.read_text())]
     assert set(marked) == set(TABLES)
     for path in DOCUMENTS:
@@ -127,12 +125,12 @@ def test_the_documents_hold_every_table_as_the_results_have_it() -> None:
         assert all(cell["commit"] for cell in read_cells(path)[1])
 
 
-def test_the_trainer_never_imports_the_study() -> None:
+def test_the_trainer_never_imports_the_study():
     for path in (study.tables.ROOT / "train").glob("*.py"):
         assert not re.search(r"^\s*(from|import) study\b", path.read_text(), re.MULTILINE), path
 
 
-def test_a_table_is_made_anew_between_its_marks_and_nothing_else_changes(tmp_path: Path) -> None:
+def test_a_table_is_made_anew_between_its_marks_and_nothing_else_changes(tmp_path):
     content = {"settings": {"context_length": L, "documents": list("abcd")}, "cells": [cell("xPos", "dense", at(x4=1))]}
     (tmp_path / "loss.json").write_text(json.dumps(content))
     text = "a\n<!-- table: matrix -->\nold\n<!-- end -->\nb\n<!-- table: recall -->\nkept\n<!-- end -->\n"
@@ -172,9 +170,7 @@ def small(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     return state
 
 
-def test_a_study_that_is_stopped_goes_on_and_what_has_results_is_not_trained_again(
-    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_that_is_stopped_goes_on_and_what_has_results_is_not_trained_again(small, tmp_path, monkeypatch):
     parts = study_main.Study(seeds=(1, 2)).measurements()
     assert {part.name for part in parts} == {name for name, _ in TABLES.values()}
     (loss,) = [part for part in parts if part.name == "loss"]
@@ -196,15 +192,7 @@ def test_a_study_that_is_stopped_goes_on_and_what_has_results_is_not_trained_aga
     assert len(read_cells(path)[1]) == 8
 
 
-def test_encodings_that_differ_in_scale_base_are_named_by_it(small: dict[str, Any]) -> None:
-    (part,) = [part for part in study_main.Study().measurements() if part.name == "scale_base"]
-    bases = [training.encoding for training in part.trainings]
-    assert bases == [f"scale_base {base}" for base in (2, 4, 8, 16, 64, 512)]
-    part.trainings[0].work()
-    assert small["trained"] == [("scale_base2", 1)]
-
-
-def test_a_wrong_argument_is_told_in_one_line(small: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_argument_is_told_in_one_line(small, capfd):
     for args, message in (
         (["--seeds", "[1, 1]"], "seeds must be different ones, one at least, got (1, 1)"),
         (["--only", "[los]"], "only must name measurements, got los"),
@@ -213,9 +201,8 @@ def test_a_wrong_argument_is_told_in_one_line(small: dict[str, Any], capfd: pyte
         assert message in complaint_of(partial(command, study_main.study), args, capfd)
 
 
-def test_the_demo_trains_both_encodings_and_prints_table_and_thresholds(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_the_demo_trains_both_encodings_and_prints_table_and_thresholds(runs, tmp_path, monkeypatch, capsys):
     commands: list[list[str]] = []
     (tmp_path / "runs").symlink_to(runs)
     monkeypatch.chdir(tmp_path)

@@ -12,12 +12,12 @@ import tokenizers
 import torch
 from tiny import (
     CONFIGS,
-    STEPS,
     InterruptionError,
     Recorder,
     complaint_of,
     fit,
     interrupted_at,
+    metrics,
     options,
     read_checkpoint,
     same,
@@ -30,7 +30,7 @@ from train import export, sample
 from train.__main__ import main
 from train.callbacks import training_flops
 from train.language_model import LanguageModel
-from xpos_zoo import XPOS, PositionModule, RotaryEmbedding, Transformer
+from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 
 LAST = Path("checkpoints") / "last.ckpt"
 TOKENS = torch.randint(256, (2, 140), generator=torch.Generator().manual_seed(0))
@@ -46,19 +46,19 @@ def of_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fit(folder, trainer__max_steps=2, data__tokenizer=folder / "tokenizer.json")
 
 
-# --- samples ---------------------------------------------------------------------------------------------------------
-
-
 def sampled(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     capsys.readouterr()
     sample.main([str(arg) for arg in args])
     return capsys.readouterr().out
 
 
-def test_the_text_is_what_the_model_generates_from_the_prompt(trained: Path, capsys: Any) -> None:
-    text = sampled(capsys, "--checkpoint", trained, "--prompt", "to be é", "--max_new_tokens", 60, "--temperature", 0)
+@pytest.mark.parametrize(("given", "block_size"), [((), 8), (("--block_size", 5), 5), (("--block_size", 0), None)])
+def test_the_text_is_what_the_model_generates_from_the_prompt(given, block_size, trained, capsys):
+    """In blocks of half the trained length unless said otherwise."""
+    args = ("--prompt", "to be é", "--max_new_tokens", 60, "--temperature", 0, *given)
+    text = sampled(capsys, "--checkpoint", trained, *args)
     model = LanguageModel.load_from_checkpoint(trained / LAST, weights_only=True).transformer.eval()
-    model.block_size = 8  # half the trained length of 16
+    model.block_size = block_size
     tokens = model.generate(torch.tensor([list("to be é".encode())]), 60, temperature=0)
     expected = bytes(tokens[0].tolist()).decode(errors="replace")
     assert text.endswith("\n")
@@ -66,7 +66,7 @@ def test_the_text_is_what_the_model_generates_from_the_prompt(trained: Path, cap
     assert set(expected[len(text) - 1 :]) <= {"�"}  # the beginning of a character
 
 
-def test_the_same_seed_gives_the_same_text_of_any_tokens(trained: Path, of_words: Path, capsys: Any) -> None:
+def test_the_same_seed_gives_the_same_text_of_any_tokens(trained, of_words, capsys):
     for run in (trained, of_words):
         checkpoints = (run, run / LAST, run)
         texts = [
@@ -77,22 +77,7 @@ def test_the_same_seed_gives_the_same_text_of_any_tokens(trained: Path, of_words
         assert texts[0].startswith("to be")
 
 
-@pytest.mark.parametrize(("given", "used"), [((), [8]), (("--block_size", 5), [5]), (("--block_size", 0), [None])])
-def test_blocks_are_half_the_trained_length_unless_said_otherwise(
-    given: tuple[Any, ...], used: list[Any], trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes, stream = [], Transformer.stream
-
-    def noted(self: Transformer, *args: Any, **kwargs: Any) -> Any:
-        sizes.extend(attention.block_size for attention in self.attentions)
-        return stream(self, *args, **kwargs)
-
-    monkeypatch.setattr(Transformer, "stream", noted)
-    sampled(capsys, "--checkpoint", trained, "--max_new_tokens", 1, *given)
-    assert sizes == used
-
-
-def test_text_that_is_stopped_ends_where_it_is(trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_is_stopped_ends_where_it_is(trained, capsys, monkeypatch):
     def interrupted(*_: Any, **__: Any) -> Any:
         yield torch.tensor([ord("a")])
         raise KeyboardInterrupt
@@ -102,7 +87,7 @@ def test_text_that_is_stopped_ends_where_it_is(trained: Path, capsys: Any, monke
 
 
 @pytest.mark.slow
-def test_a_reader_that_has_had_enough_ends_the_text_without_a_word(trained: Path) -> None:
+def test_a_reader_that_has_had_enough_ends_the_text_without_a_word(trained):
     command = [sys.executable, "-m", "train.sample", "--checkpoint", str(trained), "--max_new_tokens", "3000"]
     with subprocess.Popen(command, cwd=CONFIGS.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -113,17 +98,12 @@ def test_a_reader_that_has_had_enough_ends_the_text_without_a_word(trained: Path
     assert process.returncode == 1
 
 
-# --- exports ---------------------------------------------------------------------------------------------------------
-
-
 def exported(run: Path, folder: Path, *args: str) -> Transformer:
     export.main([f"--checkpoint={run}", f"--output={folder}", *args])
     return Transformer.from_pretrained(folder)
 
 
-def test_the_exported_model_gives_the_trained_ones_logits_and_takes_its_tokenizer_along(
-    trained: Path, of_words: Path, tmp_path: Path
-) -> None:
+def test_the_exported_model_gives_the_trained_ones_logits_and_takes_its_tokenizer_along(trained, of_words, tmp_path):
     for run in (trained, of_words):
         model = LanguageModel.load_from_checkpoint(run / LAST, weights_only=True).transformer.eval()
         tokens = TOKENS % model.vocab_size
@@ -133,9 +113,7 @@ def test_the_exported_model_gives_the_trained_ones_logits_and_takes_its_tokenize
     assert [p.scale_base for p in exported(trained, tmp_path / "a").modules() if isinstance(p, XPOS)] == [8.0]
 
 
-def test_the_block_size_can_be_set_and_nothing_is_overwritten_unasked(
-    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_block_size_can_be_set_and_nothing_is_overwritten_unasked(trained, tmp_path, capfd):
     assert exported(trained, tmp_path / "a", "--block_size=8").block_size == 8
     before = snapshot(tmp_path)
     line = complaint_of(export.main, [f"--checkpoint={trained}", f"--output={tmp_path / 'a'}"], capfd)
@@ -144,7 +122,7 @@ def test_the_block_size_can_be_set_and_nothing_is_overwritten_unasked(
     assert exported(trained, tmp_path / "a", "--block_size=0", "--overwrite=true").block_size is None
 
 
-def test_the_hybrid_of_the_documentation_is_trained_in_bfloat16_and_exported(tmp_path: Path) -> None:
+def test_the_hybrid_of_the_documentation_is_trained_in_bfloat16_and_exported(tmp_path):
     documentation = (CONFIGS.parent / "docs" / "training.md").read_text()
     (example,) = re.findall(r"```yaml\n(model:\n.*?)```", documentation, re.DOTALL)
     (tmp_path / "hybrid.yaml").write_text(example)
@@ -161,28 +139,11 @@ def test_the_hybrid_of_the_documentation_is_trained_in_bfloat16_and_exported(tmp
         assert torch.equal(state[name.removeprefix("transformer.")], weight), name
 
 
-class OwnPositions(PositionModule):
-    def __init__(self, head_dim: int):
-        super().__init__([1j] * (head_dim // 2))
-
-
-def test_a_position_module_of_ones_own_is_trained_but_not_exported(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    run = fit(tmp_path, model__positions="test_trained.OwnPositions", trainer__max_steps=1)
-    line = complaint_of(export.main, [f"--checkpoint={run}", f"--output={tmp_path / 'model'}"], capfd)
-    assert "OwnPositions" in line
-    assert not (tmp_path / "model").exists()
-
-
-# --- what a step is, and what callbacks make of it -------------------------------------------------------------------
-
-
 def extra(callback: str, init_args: str = "{}") -> tuple[str, ...]:
     return (f'--trainer.callbacks+={{"class_path": "{callback}", "init_args": {init_args}}}',)
 
 
-def test_accumulated_batches_make_the_clipped_gradient_of_them_all(tmp_path: Path) -> None:
+def test_accumulated_batches_make_the_clipped_gradient_of_them_all(tmp_path):
     more: dict[str, Any] = {"trainer__val_check_interval": 3, "trainer__max_steps": 1}
     run = fit(tmp_path, more=extra("tiny.Recorder"), trainer__accumulate_grad_batches=3, **more)
     assert [len(batch) for batch in Recorder.batches] == [2, 2, 2]
@@ -200,54 +161,31 @@ def test_accumulated_batches_make_the_clipped_gradient_of_them_all(tmp_path: Pat
         torch.testing.assert_close(state["exp_avg"] / 0.1, clipped, rtol=1e-4, atol=1e-6 * norm)
 
 
-class KeepWeights(L.Callback):
-    """Keeps a weight after every step of the last training."""
-
-    after: list[torch.Tensor] = []  # noqa: RUF012
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        KeepWeights.after.append(pl_module.transformer.norm.weight.detach().clone())
-
-
-def test_averaged_weights_are_the_moving_average_and_survive_an_interruption(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_averaged_weights_are_what_a_checkpoint_holds_and_survive_an_interruption(tmp_path, trained):
     average = extra("lightning.pytorch.callbacks.EMAWeightAveraging", '{"decay": 0.5}')
-    KeepWeights.after = []
-    whole = fit(tmp_path, name="whole", more=(*average, *extra("test_trained.KeepWeights")))
-    expected = KeepWeights.after[0]
-    for weight in KeepWeights.after[1:]:
-        expected = expected + (weight - expected) * 0.5
-    weights = read_checkpoint(whole)["state_dict"]
-    eps = torch.finfo(torch.float32).eps
-    torch.testing.assert_close(weights["transformer.norm.weight"], expected, rtol=8 * eps, atol=0)
+    weights = read_checkpoint(fit(tmp_path, name="whole", more=average))["state_dict"]
+    assert not same(weights, read_checkpoint(trained)["state_dict"])
     with pytest.raises(InterruptionError):
         fit(tmp_path, more=(*average, *interrupted_at(5)))
     assert same(read_checkpoint(fit(tmp_path, more=average))["state_dict"], weights)
     main(["test", *options(tmp_path), *average])
 
 
-def test_samples_are_printed_and_logged_and_change_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_and_throughput_are_logged_and_change_nothing(tmp_path, capsys):
     shown = extra("SampleText", '{"prompt": "to be", "max_new_tokens": 7}')
-    run = fit(tmp_path, more=shown, model__dropout=0.1)
+    run = fit(tmp_path, more=(*shown, *extra("Throughput", '{"window_size": 4}')), model__dropout=0.1)
     assert re.findall(r"--- sample after step (\d+)\nto be", capsys.readouterr().out) == ["4", "8"]
     (events,) = run.glob("tensorboard/events.*")
     assert events.read_bytes().count(b"to be") == 2
+    tokens, windows = (metrics(run, f"train/device/{what}_per_sec") for what in ("items", "samples"))
+    assert tokens == {step: pytest.approx(16 * rate) for step, rate in windows.items()} != {}
     silent = fit(tmp_path, name="silent", model__dropout=0.1)
     assert same(read_checkpoint(run)["state_dict"], read_checkpoint(silent)["state_dict"])
 
 
-def test_throughput_is_logged(tmp_path: Path) -> None:
-    run = fit(tmp_path, more=extra("Throughput", '{"window_size": 4}'))
-    (log,) = run.glob("metrics/*/metrics.csv")
-    head, *rows = (line.split(",") for line in log.read_text().splitlines())
-    column = head.index("train/device/items_per_sec")
-    windows = head.index("train/device/samples_per_sec")
-    found = [(float(row[column]), float(row[windows])) for row in rows if row[column]]
-    assert found
-    assert all(items == pytest.approx(16 * samples) for items, samples in found)
-
-
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1, "tie_embeddings": False}])
-def test_the_flops_of_a_step_are_those_that_are_counted(options: dict[str, Any]) -> None:
+def test_the_flops_of_a_step_are_those_that_are_counted(options):
     model, n = Transformer(50, 32, 2, 4, **options), 24
     tokens = torch.randint(50, (1, n))
     with FlopCounterMode(display=False) as counter:
@@ -258,11 +196,3 @@ def test_the_flops_of_a_step_are_those_that_are_counted(options: dict[str, Any])
     assert training_flops(model, n) * n == pytest.approx(linear + scores * n)
     model.block_size = [2, None]
     assert training_flops(model, n) == pytest.approx(linear / n + scores / 2 * 3 / (n / 2) + scores / 2)
-
-
-def test_another_logger_is_a_line_of_yaml(tmp_path: Path) -> None:
-    name = "lightning.pytorch.loggers.CSVLogger"
-    run = fit(tmp_path, trainer__logger=name, trainer__logger__save_dir=tmp_path / "logs", trainer__max_steps=STEPS)
-    assert not list(run.glob("tensorboard/*"))
-    (log,) = tmp_path.glob("logs/**/metrics.csv")
-    assert "train_bits_per_byte" in log.read_text()

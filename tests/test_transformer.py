@@ -3,24 +3,22 @@
 Axes: b batch, n sequence.
 """
 
-import copy
 from functools import partial
 
 import pytest
 import torch
 from reference import (
-    HALVES,
+    DTYPES,
     PATTERNS,
+    Encoding,
+    assert_as_exact,
     attention,
-    difference,
     double,
     gradients,
-    luck,
     model,
     multi_head_attention,
     normal,
     plain_attention,
-    roundoff,
     tokens,
 )
 from torch import Tensor
@@ -48,7 +46,7 @@ def logits(transformer: Transformer, tokens: Tensor, attend=attention) -> Tensor
     return normed(x, weights["norm.weight"]) @ weights["head.weight"].T
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "options",
     [
@@ -71,13 +69,7 @@ def test_logits_and_gradients_are_those_of_the_documented_architecture(options, 
 
     exact = results(logits, double(transformer))
     plain = results(partial(logits, attend=plain_attention), transformer)
-    actual = results(Transformer.__call__, transformer)
-    largest = max(t.norm() for t in exact)
-    for ours, right, reachable in zip(actual, exact, plain, strict=True):
-        assert ours.dtype == dtype
-        # As `assert_block_is_exact`, with attention logits of size 2.
-        slack = 32 * 9 * roundoff(torch.promote_types(dtype, torch.float32)) + luck(dtype, 2, right)
-        assert difference(ours, right) <= 2 * difference(reachable, right) + slack * largest
+    assert_as_exact((results(Transformer.__call__, transformer), exact, plain), 2, Encoding(), dtype)
 
 
 def test_block_size_temperature_and_bias_reach_every_layer():
@@ -91,16 +83,6 @@ def test_block_size_temperature_and_bias_reach_every_layer():
     assert torch.equal(transformer(words), dense)
 
 
-def test_a_bias_that_is_a_module_belongs_to_the_layers():
-    transformer, bias = model(3), torch.nn.Linear(1, 1)
-    transformer.distance_bias = bias
-    assert [a.distance_bias for a in transformer.attentions] == 3 * [bias]
-    assert "distance_bias" not in dict(transformer.named_children())
-    transformer.distance_bias = SoftTail(2.0, 5)
-    assert transformer.distance_bias == SoftTail(2.0, 5)
-    assert not any("distance_bias" in name for name in transformer.state_dict())
-
-
 @pytest.mark.parametrize("silent", ["feed_forward.down_proj", "attention.out_proj"])
 def test_dropout_drops_features_of_either_branch_in_training_alone(silent):
     layer, x = model(1, dropout=0.25).layers[0], normal(0, 4, 50, 32)
@@ -108,16 +90,6 @@ def test_dropout_drops_features_of_either_branch_in_training_alone(silent):
     dropped = (layer.train()(x) == x).double().mean().item()
     assert abs(dropped - 0.25) <= 6 * (0.25 * 0.75 / x.numel()) ** 0.5
     assert (layer.eval()(x) != x).all()
-
-
-def test_the_head_is_the_embedding_unless_untied():
-    tied, untied = model(), model(tie_embeddings=False)
-    assert tied.head.weight is tied.embedding.weight
-    assert untied.head.weight is not untied.embedding.weight
-    assert sum(p.numel() for p in untied.parameters()) == sum(p.numel() for p in tied.parameters()) + 50 * 32
-    restored = model()
-    restored.load_state_dict(copy.deepcopy(tied.state_dict()))
-    assert restored.head.weight is restored.embedding.weight
 
 
 @pytest.mark.parametrize(("embed_dim", "hidden_dim"), [(32, 96), (36, 96), (40, 128), (96, 256), (128, 352)])
@@ -156,8 +128,3 @@ def test_a_pattern_is_learned(block_size):
         optimizer.step()
     with torch.no_grad():
         assert cross_entropy(transformer(words[:, :-1])[0], words[0, 1:]).item() < 0.01
-
-
-def test_an_empty_batch_and_an_empty_sequence_stay_empty():
-    assert model()(torch.empty(0, 5, dtype=torch.long)).shape == (0, 5, 50)
-    assert model()(torch.empty(2, 0, dtype=torch.long)).shape == (2, 0, 50)

@@ -127,9 +127,10 @@ def metrics(run: Path, column: str) -> dict[int, float]:
     return {int(row["step"]): float(row[column]) for row in rows if row.get(column)}
 
 
-def in_subprocess(args: list[str]) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "train", *args]
+def in_subprocess(*args: object) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments."""
+    env = os.environ | {"PYTHONPATH": f"{CONFIGS.parent}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, args)]
     return subprocess.run(command, cwd=CONFIGS.parent, env=env, capture_output=True, text=True, timeout=240)
 
 
