@@ -331,13 +331,13 @@ def test_a_tokenisation_that_was_killed_is_made_anew(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_flat_while_a_large_file_is_tokenised(tmp_path):
-    for name, megabytes in (("large", 40), ("small", 5)):
+    for name, megabytes in (("large", 100), ("small", 5)):
         text = "to be or not to be, that is the question\n" * (megabytes * 2**20 // 41)
         write(tmp_path / name / "a.txt", text.encode())
     done = in_subprocess("-c", PEAK, tmp_path / "large", tmp_path / "small", tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     grown, size = map(int, done.stdout.split())
-    assert size > 20
+    assert size > 70
     assert grown < size  # what a few rows take, whatever the size
 
 

@@ -84,11 +84,16 @@ def measure(
     missing = [key for key, (run, _) in wanted.items() if cells.get(key, {}).get("checkpoint") != run.sha256]
     for key in tqdm(missing, unit="cell", disable=not missing):
         run, mode = wanted[key]
-        tables = {name: frame.round(5).to_dict("list") for name, frame in work(run, mode).items()}
+        tables = {name: rounded(frame) for name, frame in work(run, mode).items()}
         named = dict(zip(KEY, (run.encoding, mode.name, mode.label, run.seed), strict=True))
         cells[key] = named | {"commit": commit(), "checkpoint": run.sha256, "tables": tables}
         write_cells(path, settings, cells.values())
     return results_of(settings, [cells[key] for key in wanted])
+
+
+def rounded(frame: pd.DataFrame) -> dict[str, list[Any]]:
+    """Columns for JSON; a float32 would have all digits of the float64 next to it."""
+    return frame.astype(dict.fromkeys(frame.select_dtypes("float32"), "float64")).round(5).to_dict("list")
 
 
 def commit() -> str | None:
