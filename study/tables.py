@@ -93,7 +93,7 @@ def filled(text: str, folder: Path = RESULTS) -> str:
 def plot_positions(results: Results) -> sns.FacetGrid:
     """Loss by position; dotted: its mean over (L/2, L]."""
     frame, length = results.tables["by_position"], results.length
-    grid = panels(frame, "position", "loss", length, "loss, nats")
+    grid = panels(frame, "position", "loss", length, "loss, nats a byte")
     below = frame.query(f"{length / 2} < position <= {length}")
     for (label, _), bins in below.groupby(["label", "encoding"]):
         grid.axes_dict[label].axhline(np.average(bins["loss"], weights=bins["tokens"]), color="0.3", linestyle=":")
@@ -109,7 +109,7 @@ def plot_far(results: Results) -> sns.FacetGrid:
     for axes in grid.axes.flat:
         axes.set_xscale("symlog", linthresh=0.01)
         axes.axvline(0, color="black", linewidth=1)
-    return grid.set_axis_labels("loss with far text less loss without, nats", "")
+    return grid.set_axis_labels("loss with far text less loss without, nats a byte", "")
 
 
 def plot_recall(results: Results) -> sns.FacetGrid:
@@ -124,10 +124,10 @@ def lines(name: str, x: str, y: str, ylabel: str) -> Callable[[Results], sns.Fac
 
 
 PLOTS: dict[str, tuple[str, Callable[[Results], sns.FacetGrid]]] = {
-    "extrapolation": ("loss", lines("loss", "context", "loss", "loss, nats")),
+    "extrapolation": ("loss", lines("loss", "context", "loss", "loss, nats a byte")),
     "by_position": ("loss", plot_positions),
     "context_use": ("context_use", plot_far),
-    "occurrence": ("context_use", lines("occurrence", "distance", "loss", "loss, nats")),
+    "occurrence": ("context_use", lines("occurrence", "distance", "loss", "loss, nats a byte")),
     "resolution": ("context_use", lines("resolution", "context", "resolution", "attention resolution")),
     "recall": ("recall", plot_recall),
 }

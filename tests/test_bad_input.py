@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import complaint_of, options, snapshot, write_corpus
+from tiny import LAST, complaint_of, options, snapshot, write_corpus
 
 from train import export, sample
 from train.__main__ import main
@@ -137,7 +137,7 @@ WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize(("damage", "message"), WRONG_CHECKPOINTS.values(), ids=WRONG_CHECKPOINTS.keys())
 def test_a_damaged_checkpoint(damage, message, trained, tmp_path, capfd):
     checkpoint = tmp_path / "damaged.ckpt"
-    checkpoint.write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes())
+    checkpoint.write_bytes((trained / LAST).read_bytes())
     damage(checkpoint)
     before = snapshot(tmp_path)
     for command, args in (
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_another_model(changes, message, trained, tmp_path, capf
 
 def test_weights_alone_and_another_tokenizer(trained, tmp_path, capfd):
     checkpoint = tmp_path / "changed.ckpt"
-    checkpoint.write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes())
+    checkpoint.write_bytes((trained / LAST).read_bytes())
     change(lambda content: content["TextData"].update(tokenizer="another"))(checkpoint)
     line = complaint(["test", *options(tmp_path, checkpoint=checkpoint)], capfd)
     assert line == f"{checkpoint} belongs to another tokenizer than bytes (data.tokenizer)"

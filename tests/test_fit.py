@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 from tiny import (
     CONFIGS,
+    LAST,
     STEPS,
     InterruptionError,
     Recorder,
@@ -29,8 +30,6 @@ from tiny import (
 from train.__main__ import main
 from train.language_model import LanguageModel
 from xpos_zoo import XPOS
-
-LAST = Path("checkpoints") / "last.ckpt"
 
 
 def interrupt(tmp_path: Path, step: int, hook: str = "on_train_batch_end", **changes: Any) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from killed import MOMENTS, Trainer
-from tiny import options, read_checkpoint, same
+from tiny import LAST, options, read_checkpoint, same
 
 STEPS, EVERY = 14, 2
 MOST = {"step": 6, "optimizer": 6, "validation": 5, "log": 3, "rename": 3, "renamed": 3, "write": 3}  # calls in a run
@@ -59,7 +59,7 @@ def test_killed_at_random_moments_a_training_ends_as_if_nothing_had_been(kills, 
                 when = moment(rng) if killed.total() < kills else (None, 0)
                 code = trainer.run(["fit", *command(tmp_path, name)], *when)
                 assert code in (0, -9)
-                if (run / "checkpoints" / "last.ckpt").exists():  # it is whole, and of this attempt or the one before
+                if (run / LAST).exists():  # it is whole, and of this attempt or the one before
                     step = read_checkpoint(run)["global_step"]
                     assert before <= step <= STEPS
                     assert step % EVERY == 0

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import InterruptionError, changed_run
+from tiny import LAST, InterruptionError, changed_run
 
 from train.errors import UserError
 from train.measure import (
@@ -69,7 +69,7 @@ def test_what_is_no_run_of_text_is_refused(runs, tmp_path):
         with pytest.raises(UserError, match=message):
             find_runs([folder], option)
     with pytest.raises(UserError, match=r"another tokenizer than data\.tokenizer gives now"):
-        read_run(copy / "checkpoints" / "last.ckpt").text()
+        read_run(copy / LAST).text()
 
 
 class Counted:

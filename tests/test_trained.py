@@ -12,6 +12,7 @@ import tokenizers
 import torch
 from tiny import (
     CONFIGS,
+    LAST,
     InterruptionError,
     Recorder,
     complaint_of,
@@ -32,7 +33,6 @@ from train.callbacks import training_flops
 from train.language_model import LanguageModel
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 
-LAST = Path("checkpoints") / "last.ckpt"
 TOKENS = torch.randint(256, (2, 140), generator=torch.Generator().manual_seed(0))
 
 

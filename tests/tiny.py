@@ -18,6 +18,7 @@ from train.__main__ import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS = 8
+LAST = Path("checkpoints") / "last.ckpt"  # in the folder of a run
 
 
 def write_corpus(folder: Path, files: int = 40, size: int = 600) -> Path:
@@ -65,7 +66,7 @@ def fit(tmp_path: Path, config: str = "xpos", more: tuple[str, ...] = (), **chan
 
 
 def read_checkpoint(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return torch.load(run / LAST, weights_only=True)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -101,7 +102,7 @@ def complaint_of(command: Callable[[list[str]], None], args: list[str], capfd: p
 
 def changed_run(run: Path, to: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     """A run of which there is a changed checkpoint alone."""
-    path = to / "checkpoints" / "last.ckpt"
+    path = to / LAST
     path.parent.mkdir(parents=True)
     content = read_checkpoint(run)
     change(content)

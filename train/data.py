@@ -278,7 +278,7 @@ class TextData(L.LightningDataModule):
         options = {"path": dataset} if isinstance(dataset, str) else dataset
         if options is not None and paths is not None:
             raise UserError("data.dataset and data.paths are two sources; give one")
-        if options is not None and "path" not in options:
+        if options is not None and not isinstance(options.get("path"), str):
             raise UserError(f"data.dataset must have a path, a folder or a hub's name, got {options}")
         self.save_hyperparameters()
         self.options: Any = self.hparams

@@ -156,14 +156,15 @@ def table(frame: pd.DataFrame, column: str, entry: Callable[[Any], str], length:
 def panels(frame: pd.DataFrame, x: str, y: str, length: int, ylabel: str) -> sns.FacetGrid:
     """A plot with a panel a mode and a line an encoding, x in trained lengths."""
     order = sorted(set(frame["encoding"]))
-    options: dict[str, Any] = {"col_wrap": 2 if len(set(frame["label"])) == 4 else 3, "height": 2.7, "errorbar": None}
+    columns = 2 if frame["label"].nunique() in (2, 4) else 3
+    options: dict[str, Any] = {"col_wrap": columns, "height": 2.7, "errorbar": None}
     options |= {"hue": "encoding", "hue_order": order, "style": "encoding", "style_order": order, "markers": True}
     frame = frame.assign(**{x: frame[x] / length})
     grid = sns.relplot(frame, x=x, y=y, kind="line", col="label", palette="colorblind", **options)
     grid.set_titles("{col_name}").set_axis_labels(f"{x} / L", ylabel).refline(x=1, color="black", linestyle="-")
     for axes in grid.axes.flat:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter(lambda x, _: f"1/{1 / x:g}" if x < 1 else f"{x:g}")
     return grid
 
 

@@ -101,9 +101,7 @@ def attend_window(
         seen = k[:, keys]
         if window.shifts is not None:
             seen = shifted(seen, window.shifts[i], plan.part, pattern)
-        mask, gain = window.mask, window.gain
-        if window.masked and mask is None:
-            mask, gain = window.logits_by_distance(rows, keys, pattern, q.dtype)
+        mask, gain = window.logits_by_distance(rows, keys, pattern, q.dtype)
         outputs.append(softmax_attention(q[:, rows], seen, v[:, keys], mask, gain, dropout_p))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
@@ -165,9 +163,7 @@ def attend_parts(q: Tensor, k: Tensor, v: Tensor, plan: Plan, pattern: Pattern) 
     g, window = k.shape[2], plan.windows[0]
     parts = 1 if plan.q_table is None else plan.q_table.shape[2]
     versions = q if plan.q_table is None else pattern.positions.rotated(q, plan.q_table)
-    mask, gain = window.mask, window.gain
-    if mask is None:
-        mask, gain = window.logits_by_distance(slice(None), slice(None), pattern, q.dtype)
+    mask, gain = window.logits_by_distance(slice(None), slice(None), pattern, q.dtype)
     with torch.autocast(q.device.type, enabled=False):  # it would round the scores
         versions = rearrange(versions, "b j (g r) d -> b g j r d", g=g)
         scores = products(versions, rearrange(k, "b (j p) g d -> b g j p d", j=parts)) / q.shape[-1] ** 0.5

@@ -121,9 +121,11 @@ class Window:
 
     def logits_by_distance(
         self, rows: slice, keys: slice, pattern: Pattern, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """What is added to the logits of some queries and keys, (b, h, n, m): a bias, minus infinity where unseen; and
-        what they are multiplied by before, if any."""
+        what they are multiplied by before. None for what attention does without."""
+        if self.mask is not None or not self.masked:
+            return self.mask, self.gain
         q_at, k_at = self.q_at[..., rows], self.k_at[..., keys]
         q_ids = None if self.q_ids is None else self.q_ids[..., rows]
         k_ids = None if self.k_ids is None else self.k_ids[..., keys]
