@@ -111,6 +111,11 @@ class LanguageModel(L.LightningModule):
             raise
         except (ValueError, TypeError) as error:
             raise UserError(f"model: {error}") from error
+        for attention in self.transformer.attentions:
+            for bias in attention.pattern.biases:
+                heads = bias(torch.zeros(1, 1, 1, 1, dtype=torch.int64)).shape[-3]
+                if heads not in (1, num_heads):
+                    raise UserError(f"model.num_heads is {num_heads}, but a distance bias is made for {heads}")
         if any(isinstance(attention.positions, XPOS) for attention in self.transformer.attentions):
             self.hparams["scale_base"] = own_scale_base  # what a checkpoint of another length was trained with
         elif scale_base is not None:
