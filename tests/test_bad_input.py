@@ -36,6 +36,12 @@ MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
         ({"model__scale_base": -1}, "scale_base must be above 0 and finite, got -1"),
         ({"model__positions": '["XPOS", "XPOS"]'}, "positions must be one for all layers or"),
         ({"model__positions": "torch.nn.Identity"}, "model.positions"),
+        (
+            {"model__positions": "study.encodings.ALiBi", "model__positions__num_heads": 3},
+            "model.num_heads is 2, but a distance bias is made for 3",
+        ),
+        ({"model__distance_bias": "{name: Steep}"}, "distance_bias must be a mapping with the name"),
+        ({"model__distance_bias": "{name: ScaleInvariant, tau: 0}"}, "tau must be above 0 and finite, got 0"),
         ({"model__learning_rate": 0}, "model.learning_rate must be above 0, got 0"),
         ({"trainer__max_steps": -1}, "trainer.max_steps must be above 0, got -1"),
         ({"save_every": 0}, "save_every"),
