@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from train.callbacks import SampleText, Throughput
+from train.callbacks import ProgressBar, SampleText, Throughput
 from train.checkpoint import FREE, CheckpointFiles, difference, find_checkpoint, last_checkpoint_of, load_checkpoint
 from train.data import TextData
 from train.errors import UserError, errors_in_one_line
@@ -82,14 +82,17 @@ class RunCLI(LightningCLI):
         for name, right in (("tensor_parallel_size", 1), ("save_distributed_checkpoint", False)):
             if (given := strategy.get(name, right)) != right:  # no layer is split, and a checkpoint is one file
                 raise UserError(f"trainer.strategy.{name} must be {right}, got {given}")
+        callbacks: list[Any] = [] if options.enable_progress_bar is False else [ProgressBar()]
         if options.enable_checkpointing is not False and not options.fast_dev_run:
-            self.trainer_defaults["callbacks"] = ModelCheckpoint(
+            last = ModelCheckpoint(
                 last_checkpoint_of(self.run_folder).parent,
                 save_last=True,
                 save_top_k=0,
                 every_n_train_steps=self.options.save_every,
                 enable_version_counter=False,
             )
+            callbacks.append(last)
+        self.trainer_defaults["callbacks"] = callbacks
 
     def instantiate_classes(self) -> None:
         with errors_in_one_line(ValueError, TypeError):  # what Lightning and jsonargparse raise for an option

@@ -5,13 +5,20 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch.callbacks import ThroughputMonitor, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from train.errors import UserError
 from train.tokens import byte_tokenizer, decode
 from xpos_zoo import Transformer
+
+
+class ProgressBar(TQDMProgressBar):
+    """One line, whether or not rich is installed, without Lightning's v_num, the end of a logger's name."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class SampleText(L.Callback):
