@@ -4,6 +4,7 @@ What study/results has is neither trained nor measured again. Interrupted and st
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,8 @@ import yaml
 from study import recall
 from study.context_use import MODES, measure_context_use
 from study.encodings import rescaled_modes
-from study.recall import measure_recall
+from study.recall import DISTRACTORS, measure_recall
+from study.recipes import HEADLINE, PARTIAL, Options, ablations, hybrids, recipes
 from study.tables import RESULTS, write_documents
 from train.__main__ import main as train
 from train.errors import UserError, command
@@ -54,42 +56,69 @@ class Study(NamedTuple):
 
     size: str = "cpu"
     runs: Path = Path("runs/study")
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     paths: list[str] | None = None
 
-    def training(self, encoding: str, config: str, seed: int, name: str | None = None, *more: str) -> Training:
-        text = () if self.paths is None else ("--data.paths", json.dumps(self.paths))
-        options = [*fit_options((self.size, config), name or config, seed, self.runs), *text, *more]
-        return Training(encoding, seed, self.runs / (name or config) / f"seed{seed}", partial(train, options))
+    def trainings(self, recipes: dict[str, Options], seeds: tuple[int, ...], task: str = "") -> list[Training]:
+        """Of all recipes, for each seed in turn, on text or on a task of its own."""
+        size = "recall" if task and self.size == "cpu" else f"{self.size}_{task}" if task else self.size
+        runs, fit, found = self.runs / task, recall.main if task else train, []
+        for seed, (encoding, options) in product(seeds, recipes.items()):
+            name = re.sub(r"\W+", "_", encoding).strip("_").lower()
+            arguments = ["fit", "--config", f"configs/{size}.yaml", "--name", name, "--seed_everything", str(seed)]
+            arguments += ["--runs", str(runs), "--trainer.devices=1"]
+            arguments += [f"--model.{key}={json.dumps(value)}" for key, value in options.items()]
+            arguments += [] if task or self.paths is None else ["--data.paths", json.dumps(self.paths)]
+            folder, option = runs / name / f"seed{seed}", "couples" if task else "paths"
+            found.append(Training(encoding, seed, folder, partial(fit, arguments), option))
+        return found
 
     def measurements(self) -> list[Measurement]:
-        first, length = self.seeds[0], config(self.size)["data"]["context_length"]
-        both = ("xPos", "xpos"), ("RoPE", "rotary")
-        xpos, rope = ([self.training(*names, seed) for seed in self.seeds] for names in both)
-        heads = ("--model.positions.init_args.num_heads", str(config(self.size)["model"]["num_heads"]))
-        others = [self.training("ALiBi", "alibi", first, None, *heads), self.training("no positions", "none", first)]
-        bases = []
-        for base in sorted({length // 8, length // 4, length // 2, length, 4 * length, 512}):  # 512 is the authors'
-            option = ("--model.scale_base", str(base))
-            own = xpos[0] if 2 * base == length else self.training("", "xpos", first, f"scale_base{base}", *option)
-            bases.append(own._replace(encoding=f"scale_base {base}"))
+        seeds, first = self.seeds, self.seeds[:1]
+        model = config("cpu")["model"] | config(self.size)["model"]  # every training begins with configs/cpu.yaml
+        length, heads, layers = config(self.size)["data"]["context_length"], model["num_heads"], model["num_layers"]
+        task = "recall" if self.size == "cpu" else f"{self.size}_recall"
+        task_length = config(task)["data"]["context_length"]
+        on_text, on_task = (recipes(n, heads) for n in (length, task_length))
 
-        task, runs, recalls = "recall" if self.size == "cpu" else f"{self.size}_recall", self.runs / "recall", []
-        for (encoding, name), seed in product(both, self.seeds):
-            work = partial(recall.main, fit_options((task, name), name, seed, runs))
-            recalls.append(Training(encoding, seed, runs / name / f"seed{seed}", work, "couples"))
+        def some(known: dict[str, Options], *names: str) -> dict[str, Options]:
+            return {name: known[name] for name in names}
+
+        both, rope = (self.trainings(some(on_text, *names), seeds[:3]) for names in (("xPos", "RoPE"), ("RoPE",)))
+        xpos = [each for each in both if each.encoding == "xPos"]
+        others = self.trainings(some(on_text, "ALiBi", "no positions"), first)
+        bases = sorted({length // 8, length // 4, length, 4 * length, 512})  # 512 is the authors'
+        scaled = {f"scale_base {base}": {**on_text["xPos"], "scale_base": base} for base in bases}
+        own = xpos[0]._replace(encoding=f"scale_base {length // 2}")
+        headline = self.trainings(some(on_text, *HEADLINE), seeds)
+        rest = {name: options for name, options in on_text.items() if name not in HEADLINE}
+        more = self.trainings(rest | hybrids(length, heads, layers), first)
+        ablated = self.trainings(some(on_text, PARTIAL) | ablations(length), first)
+        asked = self.trainings(some(on_task, *HEADLINE), seeds, "recall")
+        asked_more = {name: options for name, options in on_task.items() if name not in HEADLINE}
+        asked_more |= hybrids(task_length, heads, layers)
 
         dense, _, _, bca, *_ = modes = standard_modes(length)
         soft = [standard_modes(length, log_n=c)[1] for c in LOG_N] + [standard_modes(length, tail=p)[2] for p in TAILS]
         used = [mode for mode in modes if mode.name in MODES]
+        recalls = self.trainings(some(on_task, "xPos", "RoPE"), seeds[:3], "recall")
+        far = partial(measure_recall, longest=128, distractors=DISTRACTORS)
         return [
-            Measurement("loss", [*xpos, *rope], modes, measure_loss),
+            Measurement("loss", both, modes, measure_loss),
             Measurement("encodings", others, [dense, bca], measure_loss),
             Measurement("encodings", rope, rescaled_modes(length), measure_loss),
             Measurement("softness", xpos, soft, partial(measure_loss, longest=32)),
-            Measurement("scale_base", bases, [dense], partial(measure_loss, longest=16)),
-            Measurement("context_use", [*xpos, *rope], used, measure_context_use),
-            Measurement("recall", recalls, standard_modes(config(task)["data"]["context_length"]), measure_recall),
+            Measurement(
+                "scale_base", [own, *self.trainings(scaled, first)], [dense], partial(measure_loss, longest=16)
+            ),
+            Measurement("context_use", both, used, measure_context_use),
+            Measurement("recall", recalls, standard_modes(task_length), measure_recall),
+            Measurement("recipes_loss", headline, [dense], measure_loss),
+            Measurement("recipes_recall", asked, [dense], far),
+            Measurement("recipes_use", headline, [dense], measure_context_use),
+            Measurement("recipes_loss", more, [dense], measure_loss),
+            Measurement("recipes_recall", self.trainings(asked_more, first, "recall"), [dense], far),
+            Measurement("ablations_loss", ablated, [dense], measure_loss),
         ]
 
 
@@ -97,16 +126,11 @@ def config(name: str) -> dict[str, Any]:
     return yaml.safe_load(Path(f"configs/{name}.yaml").read_text())
 
 
-def fit_options(configs: tuple[str, ...], name: str, seed: int, runs: Path) -> list[str]:
-    files = [argument for each in configs for argument in ("--config", f"configs/{each}.yaml")]
-    return ["fit", *files, "--name", name, "--seed_everything", str(seed), "--runs", str(runs), "--trainer.devices=1"]
-
-
 def study(
     size: Literal["cpu", "gpu"] = "cpu",
     output: str = "runs/study",
     results: str = "study/results",
-    seeds: tuple[int, ...] = (1, 2, 3),
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
     paths: list[str] | None = None,
     only: list[str] | None = None,
 ) -> None:
@@ -116,7 +140,7 @@ def study(
         size: of models, data and trainings: that of configs/cpu.yaml or configs/gpu.yaml.
         output: folder for trainings.
         results: folder for a JSON file a measurement. The documents are made from study/results alone.
-        seeds: of the main matrix and of recall; the other trainings have the first of them.
+        seeds: of the main recipes; the first three of the matrix, the first of all other trainings.
         paths: text to train on, as `data.paths` has it; by default the source of Python's standard library.
         only: measurements to make, such as loss or recall; by default all.
 

@@ -5,13 +5,14 @@ Axes: h heads, n queries, m keys.
 """
 
 import math
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from train.modes import Mode
-from xpos_zoo import PositionModule, RotaryEmbedding
+from xpos_zoo import XPOS, PositionModule, RotaryEmbedding, ScaleInvariant
 from xpos_zoo.checks import require_sizes
 
 
@@ -52,6 +53,21 @@ def alibi_slopes(num_heads: int, device: torch.device | None = None) -> Tensor:
     own = torch.arange(1, below + 1, dtype=torch.float32, device=device)
     between = torch.arange(num_heads - below, dtype=torch.float32, device=device) + 0.5
     return torch.exp2(torch.cat((own, between)) * (-8 / below))
+
+
+class PartOfScaleInvariant(XPOS):
+    """xPos with one half of `ScaleInvariant`: `part` is "gain" or "bias"."""
+
+    def __init__(self, head_dim: int, scale_base: float = 512, *, max_wavelength: float, part: Literal["gain", "bias"]):
+        super().__init__(head_dim, scale_base, max_wavelength=max_wavelength)
+        self.distance_bias = Gain() if part == "gain" else ScaleInvariant().__call__
+
+
+class Gain(ScaleInvariant):
+    """The gain of `ScaleInvariant` without its bias."""
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        return torch.zeros_like(distance, dtype=torch.float32)
 
 
 def ntk_scaled(rotary: RotaryEmbedding, scale: float) -> PositionModule:

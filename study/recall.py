@@ -10,7 +10,9 @@ one of them to the token before: a skill that a model learns late and all of a s
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -39,6 +41,7 @@ ANSWERS = range(BINDINGS.start - VALUES, BINDINGS.start)
 QUESTIONS = range(ANSWERS.start - KEYS, ANSWERS.start)
 FILLERS = range(QUESTIONS.start)
 
+DISTRACTORS = ("growing", "fixed")  # the number of other couples in a window: as its length, or as in training
 NUMBERS = 2**32  # of training windows: more than are ever drawn
 STREAMS = {"train": 0, "val": 1, "test": 2, "measure": 3}  # whose windows have no random numbers in common
 
@@ -188,15 +191,16 @@ class Questions:
         return Questions(self.windows.gather(1, kept), self.at - first, self.answers)
 
 
-def ask(distance: int, seed: int, samples: int, couples: int, length: int) -> Questions:
+def ask(distance: int, seed: int, samples: int, couples: int, length: int, distractors: str = "growing") -> Questions:
     """Questions `distance` tokens from their bindings, both counted; `couples` is how many a trained `length` has.
 
     Before the binding are 0 to L/2 - 1 tokens, each number equally often, so that every phase of a block of L/2 counts
-    the same. All else is fillers and couples of other keys, as dense as in training and as far apart as there.
+    the same. All else is fillers and couples of other keys, as far apart as in training: as dense as there, so that
+    their number grows with the window, or a fixed number, as many as a trained length has.
     """
     most_before = length // 2 - 1
     n = most_before + distance
-    others = max(1, round(couples * n / length) - 1)
+    others = max(1, round(couples * n / length) - 1) if distractors == "growing" else couples - 1
     windows, at = [], []
     for i in range(samples):
         rng = np.random.default_rng((STREAMS["measure"], 1, seed, distance, i))
@@ -217,23 +221,33 @@ def count_right(model: Any, questions: Questions) -> int:
     return right
 
 
-def measure_recall(runs: list[Run], modes: list[Mode], path: Path, longest: int = 16, samples: int = 128) -> Results:
-    """Right answers of runs of this task by distance, kept in the JSON file at `path`.
+def measure_recall(
+    runs: list[Run],
+    modes: list[Mode],
+    path: Path,
+    longest: int = 16,
+    samples: int = 128,
+    distractors: Sequence[str] = DISTRACTORS[:1],
+) -> Results:
+    """Right answers of runs of this task by distance and number of distractors, kept in the JSON file at `path`.
 
-    The questions are the same for all encodings and modes of a seed; `samples` is best a multiple of L/2.
+    The questions are the same for all encodings and modes of a seed; `samples` is best a multiple of L/2. Beyond 16 L
+    each twice as far has half as many.
     """
     length, couples = runs[0].context_length, runs[0].data["couples"]
     settings = {"context_length": length, "couples": couples, "steps": runs[0].recipe["steps"]}
-    settings |= {"longest": longest, "samples": samples}
+    settings |= {"longest": longest, "samples": samples, "distractors": list(distractors)}
 
     def work(run: Run, mode: Mode) -> dict[str, pd.DataFrame]:
         model = run.model(DEVICE)
         mode.set_on(model)
-        right = []
-        for distance in octaves(length, longest):
-            questions = ask(distance, run.seed, samples, couples, length)
-            right.append(count_right(model, questions.last(length) if mode.recompute else questions))
-        return {"right": pd.DataFrame({"distance": octaves(length, longest), "right": right, "asked": samples})}
+        rows = []
+        for kind, distance in product(distractors, octaves(length, longest)):
+            asked = samples // max(1, distance // (16 * length))
+            questions = ask(distance, run.seed, asked, couples, length, kind)
+            right = count_right(model, questions.last(length) if mode.recompute else questions)
+            rows.append({"distractors": kind, "distance": distance, "right": right, "asked": asked})
+        return {"right": pd.DataFrame(rows)}
 
     return measure(runs, modes, settings, path, work)
 

@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_leaves
 from xpos_zoo import (
     XPOS,
     DistanceBias,
-    LogNScaling,
     MultiHeadAttention,
     PositionModule,
+    QueryScaling,
     RotaryEmbedding,
+    ScalableSoftmax,
     ScaleInvariant,
     SoftTail,
     Transformer,
@@ -309,6 +310,13 @@ def attended(
     return attend(q, k, v, make_plan(pattern, tokens), pattern, dropout_p=dropout_p).transpose(1, 2)
 
 
+def query_factor(scaling: Any, visible_keys: Tensor) -> Tensor:
+    n, length = visible_keys.double(), scaling.trained_length
+    if isinstance(scaling, ScalableSoftmax):
+        return torch.log(n + math.e) / math.log(length + math.e)
+    return 1 + scaling.coefficient * torch.log(n / length).clamp(min=0)
+
+
 def projected(module: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Encoding]:
     """q (b, h, n, d), k and v (b, g, n, d), mask (n, n) and encoding: what `module` makes of x before it attends."""
     mask = visible(x.shape[1], module.block_size)
@@ -317,8 +325,7 @@ def projected(module: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Te
         for linear in (module.q_proj, module.k_proj, module.v_proj)
     )
     if module.query_scaling is not None:
-        log = torch.log(mask.sum(-1).double() / module.query_scaling.trained_length).clamp(min=0)
-        q = (q * (1 + module.query_scaling.coefficient * log)[:, None]).to(q.dtype)
+        q = (q * query_factor(module.query_scaling, mask.sum(-1))[:, None]).to(q.dtype)
     assert isinstance(module.positions, RotaryEmbedding)
     encoding = encoding_of(module.positions)
     return q, k, v, mask, encoding.with_biases(module.distance_bias, *encoding.biases)
@@ -453,7 +460,7 @@ class LearnedBias(nn.Module):
 def block(
     embed_dim: int = 32,
     num_heads: int = 4,
-    query_scaling: LogNScaling | None = None,
+    query_scaling: QueryScaling | None = None,
     distance_bias: DistanceBias | None = None,
     **options: Any,
 ) -> MultiHeadAttention:

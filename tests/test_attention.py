@@ -23,9 +23,12 @@ from reference import (
     assert_attends_exactly,
     assert_block_is_exact,
     attended,
+    attention,
     block,
     document_ids,
+    double,
     inputs,
+    multi_head_attention,
     normal,
     relative_error,
     visible,
@@ -38,6 +41,7 @@ from xpos_zoo import (
     LogNScaling,
     MultiHeadAttention,
     RotaryEmbedding,
+    ScalableSoftmax,
     ScaleInvariant,
     SoftTail,
     plan,
@@ -181,7 +185,9 @@ def test_dropout_keeps_the_mean(w, scale_base):
     bias=st.booleans(),
     positions=st.sampled_from([RotaryEmbedding, XPOS, Sloped, partial(XPOS, scale_base=0.3, interleaved=False)]),
     block_size=st.none() | st.integers(1, 20),
-    query_scaling=st.none() | st.builds(LogNScaling, st.sampled_from([0.1, 1.0]), st.integers(1, 20)),
+    query_scaling=st.none()
+    | st.builds(LogNScaling, st.sampled_from([0.1, 1.0]), st.integers(1, 20))
+    | st.builds(ScalableSoftmax, st.integers(1, 20)),
     distance_bias=st.none() | tails | st.builds(LearnedBias),
     dtype=st.sampled_from(DTYPES),
     autocast=st.sampled_from([None, None, *HALVES]),
@@ -214,6 +220,17 @@ def test_log_n_scaling_is_exactly_off_for_queries_within_the_trained_length(bloc
     assert (on != off)[:, beyond].any(-1).all()
     module.query_scaling = None
     assert torch.equal(module(x), off)
+
+
+@PATTERNS
+def test_a_factor_a_head_that_scalable_softmax_would_learn_is_a_scale_of_q_proj(block_size):
+    module, x, factors = block(32, 4, ScalableSoftmax(10), block_size=block_size), normal(0, 2, 40, 32), normal(1, 4)
+    expected = multi_head_attention(
+        double(module), x.double(), lambda q, *rest: attention(q * factors.double()[:, None, None], *rest)
+    )
+    with torch.no_grad():
+        module.q_proj.weight.mul_(factors.repeat_interleave(8)[:, None])
+    assert relative_error(module(x), expected) < 3e-6
 
 
 def test_a_bias_may_be_a_function_a_module_or_none_in_any_order():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, ScaleInvariant, Transformer, TransformerConfig
+from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, ScalableSoftmax, ScaleInvariant, Transformer, TransformerConfig
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -25,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "layers that differ": {
         "positions": [partial(XPOS, scale_base=7), RotaryEmbedding],
         "block_size": [4, None],
-        "query_scaling": [None, LogNScaling(0.5, 7)],
+        "query_scaling": [ScalableSoftmax(9), LogNScaling(0.5, 7)],
     },
 }
 

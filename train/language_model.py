@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from train.errors import UserError
 from train.tokens import BYTES
 from xpos_zoo import XPOS, PositionModule, RotaryEmbedding, Transformer
-from xpos_zoo.pretrained import from_named
+from xpos_zoo.pretrained import Named, from_named
 
 POSITIONS = (XPOS, RotaryEmbedding)  # imported, so that YAML can name them without their module
 UNSET_SCALE_BASE = 512  # XPOS's own default, which belongs to a training length of 1024
@@ -45,8 +45,9 @@ class LanguageModel(L.LightningModule):
             place of the library's default of 512 in `positions`.
         embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, dropout: see `Transformer`.
         block_size: of blockwise attention, or null for dense; or a list with one for each layer.
+        query_scaling: what multiplies queries, likewise: `{name: ScalableSoftmax, trained_length: 128}`.
         distance_bias: what logits become by distance: a class of the library and its arguments, such as
-            `{name: ScaleInvariant, tau: 10}`.
+            `{name: ScaleInvariant, tau: 10}`; or a list with one for each layer.
         learning_rate: at the end of the warm-up.
         warmup_steps: steps over which the learning rate rises to it.
         schedule: what it does from then on: falls to a tenth as a cosine, falls there linearly, stays constant, or
@@ -71,7 +72,8 @@ class LanguageModel(L.LightningModule):
         num_kv_heads: int | None = None,
         hidden_dim: int | None = None,
         block_size: int | list[int | None] | None = None,
-        distance_bias: dict[str, Any] | None = None,
+        query_scaling: Named | list[Named | None] | None = None,
+        distance_bias: Named | list[Named | None] | None = None,
         dropout: float = 0.0,
         learning_rate: float = 2e-3,
         warmup_steps: int = 100,
@@ -103,6 +105,7 @@ class LanguageModel(L.LightningModule):
                 num_kv_heads=num_kv_heads,
                 positions=makers if many else makers[0],
                 block_size=block_size,
+                query_scaling=from_named("query_scaling", query_scaling),
                 hidden_dim=hidden_dim,
                 dropout=dropout,
             )

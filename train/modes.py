@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpos_zoo import DistanceBias, LogNScaling, PositionModule, SoftTail, Transformer
+from xpos_zoo import DistanceBias, LogNScaling, PositionModule, QueryScaling, SoftTail, Transformer
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Mode:
     name: str
     label: str
     block_size: int | None = None
-    query_scaling: LogNScaling | None = None
+    query_scaling: QueryScaling | None = None
     distance_bias: DistanceBias | None = None
     recompute: bool = False  # predict from fresh windows of the trained length, half a length apart
     rescale: Callable[[Any, float], PositionModule] | None = None  # from the trained one, for so many trained lengths

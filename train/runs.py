@@ -14,7 +14,9 @@ from train.errors import UserError
 from train.language_model import LanguageModel
 from xpos_zoo import Transformer
 
-ENCODINGS = {"XPOS": "xPos", "RotaryEmbedding": "RoPE", "NoPositions": "no positions"}  # as the literature calls them
+# As the literature calls them, and what it calls them if slow pairs are left out.
+ENCODINGS = {"XPOS": ("xPos", "partial xPos"), "RotaryEmbedding": ("RoPE", "p-RoPE"), "NoPositions": ("no positions",)}
+OWN = ("positions", "scale_base", "block_size", "query_scaling", "distance_bias")  # how a model attends
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Run:
     context_length: int
     data: dict[str, Any]
     recipe: dict[str, Any]  # what encodings share
-    positions: dict[str, Any]  # what they differ in
+    positions: dict[str, Any]  # what they differ in: how layers attend
     tokenizer: str | None
     sha256: str  # of the checkpoint
 
@@ -67,15 +69,25 @@ def read_run(path: Path) -> Run:
     content = load_checkpoint(path)
     data = {k: v for k, v in content["datamodule_hyper_parameters"].items() if k != "_instantiator"}
     model = {k: v for k, v in content["hyper_parameters"].items() if k not in FREE | {"_instantiator"}}
-    positions = {name: model.pop(name) for name in ("positions", "scale_base")}
-    layers = positions["positions"] if isinstance(positions["positions"], list) else [positions["positions"]]
-    classes = dict.fromkeys(str(layer["class_path"]).rpartition(".")[2] for layer in layers)
+    positions = {name: model.pop(name, None) for name in OWN}
     tokenizer = tokenizer_json_in(content)
     recipe = {"data": {k: v for k, v in data.items() if k not in FREE | {"seed"}}, "model": model}
     recipe |= {"steps": content["global_step"], "tokenizer": hashlib.sha256(str(tokenizer).encode()).hexdigest()[:8]}
-    encoding, sha256 = " and ".join(ENCODINGS.get(name, name) for name in classes), hashlib.sha256(path.read_bytes())
+    encoding, sha256 = encoding_of(**positions), hashlib.sha256(path.read_bytes())
     own = (data["seed"], data["context_length"], data, recipe, positions, tokenizer)
     return Run(path, encoding, *own, sha256.hexdigest())
+
+
+def encoding_of(positions: Any, query_scaling: Any = None, distance_bias: Any = None, **_: Any) -> str:
+    """What tables call a model that has these in its layers, such as "partial xPos, ScaleInvariant"."""
+
+    def position_module(layer: dict[str, Any]) -> str:
+        name, options = str(layer["class_path"]).rpartition(".")[2], layer.get("init_args") or {}
+        return ENCODINGS.get(name, (name,))[-1 if options.get("max_wavelength") else 0]
+
+    each = [value if isinstance(value, list) else [value] for value in (positions, query_scaling, distance_bias)]
+    names = [[position_module(layer) for layer in each[0]], *([v["name"] for v in own if v] for own in each[1:])]
+    return ", ".join(" and ".join(dict.fromkeys(own)) for own in names if own)
 
 
 def check_comparable(runs: list[Run]) -> None:

@@ -1,7 +1,7 @@
 """xPos attention for PyTorch: exact at any length, in any precision, compiled or not."""
 
 from xpos_zoo.attention import MultiHeadAttention
-from xpos_zoo.bias import DistanceBias, LogNScaling, ScaleInvariant, SoftTail
+from xpos_zoo.bias import DistanceBias, LogNScaling, QueryScaling, ScalableSoftmax, ScaleInvariant, SoftTail
 from xpos_zoo.cache import KeyValueCache
 from xpos_zoo.pretrained import TransformerConfig
 from xpos_zoo.rotary import (
@@ -22,7 +22,9 @@ __all__ = [
     "LogNScaling",
     "MultiHeadAttention",
     "PositionModule",
+    "QueryScaling",
     "RotaryEmbedding",
+    "ScalableSoftmax",
     "ScaleInvariant",
     "SoftTail",
     "Transformer",

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from xpos_zoo.attend import attend
-from xpos_zoo.bias import DistanceBias, LogNScaling
+from xpos_zoo.bias import DistanceBias, QueryScaling
 from xpos_zoo.cache import KeyValueCache, LayerCache
 from xpos_zoo.checks import as_integer, require_integers, require_sizes
 from xpos_zoo.plan import Pattern, Plan, Tokens, make_plan
@@ -36,7 +36,7 @@ class MultiHeadAttention(nn.Module):
 
     Attributes that may be set at any time, on a trained model too:
         block_size, positions (a module): as above.
-        query_scaling: None, or a `LogNScaling` of queries that see more keys than in training.
+        query_scaling: None, or a `QueryScaling` by the number of keys seen: `LogNScaling`, `ScalableSoftmax`.
         distance_bias: None, or a `DistanceBias` such as `SoftTail`; a module's parameters are trained with the others.
             Attention is then masked, 1024 queries at a time; training keeps all masks.
 
@@ -44,7 +44,7 @@ class MultiHeadAttention(nn.Module):
     """
 
     block_size: int | None
-    query_scaling: LogNScaling | None
+    query_scaling: QueryScaling | None
     distance_bias: DistanceBias | None
 
     def __init__(
@@ -94,8 +94,8 @@ class MultiHeadAttention(nn.Module):
             value = as_integer("block_size", value, allowed="above 0 and an integer, or None for dense attention")
         if name == "positions" and (not isinstance(value, PositionModule) or len(value.rates) != self.head_dim // 2):
             raise ValueError(f"positions must give a PositionModule with a rate for each pair, got {value}")
-        if name == "query_scaling" and not (value is None or isinstance(value, LogNScaling)):
-            raise ValueError(f"query_scaling must be a LogNScaling or None, got {value!r}")
+        if name == "query_scaling" and not (value is None or callable(value)):
+            raise ValueError(f"query_scaling must be callable, such as a LogNScaling, or None, got {value!r}")
         if name == "distance_bias":
             if value is not None and not callable(value):
                 raise ValueError(f"distance_bias must be callable, such as a SoftTail, or None, got {value!r}")

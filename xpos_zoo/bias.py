@@ -11,6 +11,15 @@ import torch
 from torch import Tensor
 
 
+class QueryScaling(Protocol):
+    """A factor on each query by how many keys it sees: `visible_keys` holds integers (...), the factor is as `dtype`.
+
+    Equal ones share a forward's plan, so that it must be hashable, as a frozen dataclass is.
+    """
+
+    def __call__(self, visible_keys: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
 class DistanceBias(Protocol):
     """A function of how far a key lies before a query, added to their scaled score before the softmax.
 
@@ -90,3 +99,21 @@ class LogNScaling:
 
     def __call__(self, visible_keys: Tensor, dtype: torch.dtype) -> Tensor:
         return 1 + self.coefficient * torch.log((visible_keys.to(dtype) / self.trained_length).clamp(min=1))
+
+
+@dataclass(frozen=True)
+class ScalableSoftmax:
+    """Sharpen queries by the number of keys that they see, in training and after (SSMax, Nakanishi 2025, 2501.19399).
+
+    A query that sees n keys is multiplied by ln(n + e) / ln(trained_length + e). The factor that the paper learns for
+    each head is a scale of that head's rows of `q_proj`, which are learned anyway. ValueError if trained_length is not
+    positive.
+    """
+
+    trained_length: int
+
+    def __post_init__(self) -> None:
+        check("trained_length", self.trained_length, self.trained_length)
+
+    def __call__(self, visible_keys: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.log(visible_keys.to(dtype) + math.e) / math.log(self.trained_length + math.e)

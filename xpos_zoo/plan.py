@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from xpos_zoo.bias import DistanceBias, LogNScaling
+from xpos_zoo.bias import DistanceBias, QueryScaling
 from xpos_zoo.cache import LayerCache, Slots, part_size
 from xpos_zoo.rotary import PositionModule, as_table, at_least_float32
 
@@ -43,7 +43,7 @@ class Pattern:
 
     positions: PositionModule
     block_size: int | None = None
-    query_scaling: LogNScaling | None = None
+    query_scaling: QueryScaling | None = None
     distance_bias: DistanceBias | None = None
 
     def plan_key(self, dtype: torch.dtype) -> tuple[Any, ...]:

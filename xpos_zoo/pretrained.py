@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpos_zoo.bias import LogNScaling, ScaleInvariant, SoftTail
+from xpos_zoo.bias import LogNScaling, ScalableSoftmax, ScaleInvariant, SoftTail
 from xpos_zoo.rotary import RotaryEmbedding
 from xpos_zoo.xpos import XPOS
 
@@ -26,7 +26,7 @@ HEADER = {"format": "xpos_zoo.Transformer", "version": 2}
 # Nothing else is ever made from a configuration: a name in it is looked up here, never imported.
 KNOWN: dict[str, tuple[type, ...]] = {
     "positions": (XPOS, RotaryEmbedding),
-    "query_scaling": (LogNScaling,),
+    "query_scaling": (LogNScaling, ScalableSoftmax),
     "distance_bias": (SoftTail, ScaleInvariant),
 }
 Named = dict[str, Any]  # the "name" of one of these, and its arguments but for head_dim

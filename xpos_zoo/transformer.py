@@ -14,7 +14,7 @@ from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
 from xpos_zoo.attention import MultiHeadAttention, plan_layers
-from xpos_zoo.bias import LogNScaling
+from xpos_zoo.bias import QueryScaling
 from xpos_zoo.cache import KeyValueCache, LayerCache
 from xpos_zoo.checks import require_integers, require_sizes
 from xpos_zoo.plan import Plan
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         head_dim: int | None = None,
         positions: Positions | list[Positions] = XPOS,
         block_size: int | list[int | None] | None = None,
-        query_scaling: LogNScaling | list[LogNScaling | None] | None = None,
+        query_scaling: QueryScaling | list[QueryScaling | None] | None = None,
         hidden_dim: int | None = None,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         return [layer.attention for layer in self.layers]  # type: ignore[union-attr]
 
     block_size = setting("block_size", "None for dense attention, else the block size of blockwise attention")
-    query_scaling = setting("query_scaling", "None, or a `LogNScaling` of queries beyond the trained length")
+    query_scaling = setting("query_scaling", "None, or a `QueryScaling` such as `LogNScaling`")
     distance_bias = setting("distance_bias", "None, or a `DistanceBias` such as `SoftTail`")
 
     def __setattr__(self, name: str, value: Any) -> None:

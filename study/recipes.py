@@ -1,0 +1,67 @@
+"""Which models are compared: how layers tell positions, and what their logits become, as options of the trainer's model.
+
+They are named as tables name them (`train.runs.encoding_of`).
+"""
+
+from itertools import product
+from typing import Any
+
+Options = dict[str, Any]  # of train.language_model.LanguageModel
+
+PARTIAL = "partial xPos, ScaleInvariant"  # configs/long.yaml
+HEADLINE = ("RoPE", "xPos", PARTIAL, "p-RoPE, ScaleInvariant", "xPos, ScaleInvariant")
+
+
+def recipes(length: int, num_heads: int) -> dict[str, Options]:
+    """All encodings with all logits that they make sense with, for models trained at `length`."""
+    slow = {"max_wavelength": length}
+    positions = {
+        "RoPE": module("RotaryEmbedding"),
+        "xPos": module("XPOS"),
+        "p-RoPE": module("RotaryEmbedding", **slow),
+        "partial xPos": module("XPOS", **slow),
+        "no positions": module("study.encodings.NoPositions"),
+        "ALiBi": module("study.encodings.ALiBi", num_heads=num_heads),
+    }
+    logits = {
+        "": {},
+        ", ScalableSoftmax": {"query_scaling": {"name": "ScalableSoftmax", "trained_length": length}},
+        ", ScaleInvariant": {"distance_bias": {"name": "ScaleInvariant"}},
+    }
+    return {
+        encoding + by: {"positions": positions[encoding], **logits[by]} for encoding, by in product(positions, logits)
+    }
+
+
+def hybrids(length: int, num_heads: int, num_layers: int) -> dict[str, Options]:
+    """Local layers of xPos, blockwise, below one global layer of another recipe."""
+    known, below, found = recipes(length, num_heads), num_layers - 1, {}
+    for size, name in product((length // 8, length // 4), ("no positions, ScalableSoftmax", PARTIAL)):
+        options = {"block_size": [size] * below + [None], "positions": [module("XPOS")] * below}
+        options["positions"] += [known[name]["positions"]]
+        options |= {key: [None] * below + [value] for key, value in known[name].items() if key != "positions"}
+        found[f"{below} local layers (xPos, BCA of {size}), 1 global: {name}"] = options
+    return found
+
+
+def ablations(length: int) -> dict[str, Options]:
+    """The recipe of configs/long.yaml with one thing changed."""
+
+    def changed(positions: Options | None = None, tau: float = 10, **options: Any) -> Options:
+        bias = {"name": "ScaleInvariant", "tau": tau}
+        return {"positions": positions or module("XPOS", max_wavelength=length), "distance_bias": bias, **options}
+
+    cuts = {"L/4": length // 4, "L/2": length // 2, "2 L": 2 * length, "4 L": 4 * length}
+    found = {
+        f"pairs slower than {name} left out": changed(module("XPOS", max_wavelength=n)) for name, n in cuts.items()
+    }
+    found |= {f"tau {tau}": changed(tau=tau) for tau in (3, 30)}
+    found |= {f"scale_base {name}": changed(scale_base=n) for name, n in (("L/4", length / 4), ("2 L", 2 * length))}
+    for part in ("gain", "bias"):
+        alone = module("study.encodings.PartOfScaleInvariant", max_wavelength=length, part=part)
+        found[f"{part} alone"] = {"positions": alone}
+    return found
+
+
+def module(name: str, **arguments: Any) -> Options:
+    return {"class_path": name, "init_args": arguments}
