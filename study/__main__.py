@@ -19,7 +19,7 @@ from study import recall
 from study.context_use import MODES, measure_context_use
 from study.encodings import rescaled_modes
 from study.recall import DISTRACTORS, measure_recall
-from study.recipes import HEADLINE, PARTIAL, Options, ablations, hybrids, recipes
+from study.recipes import HEADLINE, Options, ablations, hybrids, recipes
 from study.tables import RESULTS, write_documents
 from train.__main__ import main as train
 from train.errors import UserError, command
@@ -88,12 +88,11 @@ class Study(NamedTuple):
         xpos = [each for each in both if each.encoding == "xPos"]
         others = self.trainings(some(on_text, "ALiBi", "no positions"), first)
         bases = sorted({length // 8, length // 4, length, 4 * length, 512})  # 512 is the authors'
-        scaled = {f"scale_base {base}": {**on_text["xPos"], "scale_base": base} for base in bases}
-        own = xpos[0]._replace(encoding=f"scale_base {length // 2}")
+        other = {f"scale_base {base}": {**on_text["xPos"], "scale_base": base} for base in bases}
+        scaled = [xpos[0]._replace(encoding=f"scale_base {length // 2}"), *self.trainings(other, first)]
         headline = self.trainings(some(on_text, *HEADLINE), seeds)
         rest = {name: options for name, options in on_text.items() if name not in HEADLINE}
-        more = self.trainings(rest | hybrids(length, heads, layers), first)
-        ablated = self.trainings(some(on_text, PARTIAL) | ablations(length), first)
+        more = self.trainings(rest | hybrids(length, heads, layers) | ablations(length), first)
         asked = self.trainings(some(on_task, *HEADLINE), seeds, "recall")
         asked_more = {name: options for name, options in on_task.items() if name not in HEADLINE}
         asked_more |= hybrids(task_length, heads, layers)
@@ -108,9 +107,7 @@ class Study(NamedTuple):
             Measurement("encodings", others, [dense, bca], measure_loss),
             Measurement("encodings", rope, rescaled_modes(length), measure_loss),
             Measurement("softness", xpos, soft, partial(measure_loss, longest=32)),
-            Measurement(
-                "scale_base", [own, *self.trainings(scaled, first)], [dense], partial(measure_loss, longest=16)
-            ),
+            Measurement("scale_base", scaled, [dense], partial(measure_loss, longest=16)),
             Measurement("context_use", both, used, measure_context_use),
             Measurement("recall", recalls, standard_modes(task_length), measure_recall),
             Measurement("recipes_loss", headline, [dense], measure_loss),
@@ -118,7 +115,6 @@ class Study(NamedTuple):
             Measurement("recipes_use", headline, [dense], measure_context_use),
             Measurement("recipes_loss", more, [dense], measure_loss),
             Measurement("recipes_recall", self.trainings(asked_more, first, "recall"), [dense], far),
-            Measurement("ablations_loss", ablated, [dense], measure_loss),
         ]
 
 
@@ -168,12 +164,12 @@ def complete(measurement: Measurement, path: Path) -> None:
         for training in measurement.trainings
         if any((training.encoding, mode.label, training.seed) not in there for mode in measurement.modes)
     ]
+    runs: list[Run] = []
     for training in missing:
         print(f"\n{measurement.name}: {training.encoding}, seed {training.seed}", flush=True)
         torch.compiler.reset()  # or the layers of one training count as graphs of another's, whose number is limited
         training.work()
-    if missing:
-        runs = [replace(find_runs([each.folder], each.option)[0], encoding=each.encoding) for each in missing]
+        runs.append(replace(find_runs([training.folder], training.option)[0], encoding=training.encoding))
         measurement.work(runs, measurement.modes, path)
 
 

@@ -1,4 +1,4 @@
-"""Which models are compared: how layers tell positions, and what their logits become, as options of the trainer's model.
+"""Which models are compared: how layers tell positions, and what their logits become, as options of `fit`.
 
 They are named as tables name them (`train.runs.encoding_of`).
 """
