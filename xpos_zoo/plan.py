@@ -18,6 +18,7 @@ from xpos_zoo.cache import LayerCache, Slots, part_size
 from xpos_zoo.rotary import PositionModule, as_table, at_least_float32
 
 QUERY_CHUNK = 1024  # queries at a time where there is a mask: bounds it at 1024 x m
+GAINED_CHUNK = 128  # with a gain, whose products no kernel fuses: their scores stay in a CPU's caches
 ALL = sys.maxsize  # of them
 
 
@@ -194,15 +195,17 @@ def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) ->
     """Queries on all keys before them: those that come with them, or a cache's."""
     n, positions, ids, q_at = tokens.n, pattern.positions, tokens.document_ids, tokens.positions
     masked = bool(pattern.biases) or ids is not None or cache is not None
+    split = not torch.compiler.is_compiling() and n > QUERY_CHUNK and any(hasattr(b, "gain") for b in pattern.biases)
+    limit = GAINED_CHUNK if split else QUERY_CHUNK  # a graph would hold every chunk
     if cache is None:
         k_at, p = q_at, part_size(positions)
     else:
         k_at, p = torch.arange(cache.used(tokens.most), device=tokens.device), cache.part_size
     if n <= positions.max_span(tokens.dtype) and (cache is None or not positions.decays):  # one origin for all
         k_table = make_table(pattern, q_at - (n // 2 if cache is None else 0), tokens)
-        q_table, shifts, chunk = k_table, None, QUERY_CHUNK if masked else ALL
+        q_table, shifts, chunk = k_table, None, limit if masked else ALL
     else:
-        chunk = min(positions.max_span(tokens.dtype), QUERY_CHUNK)
+        chunk = min(positions.max_span(tokens.dtype), limit)
         masked = masked or not aligned(pattern, tokens)
         q_table = make_table(pattern, torch.arange(n, device=tokens.device) % chunk - chunk // 2, tokens)
         k_table = make_table(pattern, q_at % p, tokens)
