@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -57,7 +57,12 @@ class Window:
 
 
 def recall_window(
-    rng: np.random.Generator, length: int, couples: int, longest: int, asked: tuple[int, int] | None = None
+    rng: np.random.Generator,
+    length: int,
+    couples: int,
+    longest: int,
+    asked: tuple[int, int] | None = None,
+    looks: int = 1,
 ) -> Window:
     """A random window with up to `couples` couples, as many as find room, each within `longest` tokens.
 
@@ -68,21 +73,22 @@ def recall_window(
         longest: the most tokens from a binding to its question, both counted; at most `length`.
         asked: where the binding and the question of one more couple are, the first of the window's. Its key is in no
             other couple; the others' keys recur where there are more couples than keys, as late as possible.
+        looks: 1, or 2 where a binding is two tokens: the key's own and, where `bindings` says, its value's.
     """
     free = np.ones(length, dtype=bool)
     placed: list[tuple[int, int]] = []
 
     def place(binding: int, question: int) -> None:
-        free[[binding, question]] = False
+        free[[binding + 1 - looks, binding, question]] = False
         placed.append((binding, question))
 
     if asked:
         place(*asked)
     spans = np.exp(rng.uniform(math.log(2), math.log(longest + 1), couples)).astype(int).clip(2, longest)
     for back in sorted((spans - 1).tolist(), reverse=True):  # far ones have the fewest places to go to
-        starts = np.flatnonzero(free[:-back] & free[back:])
+        starts = np.flatnonzero(free[looks - 1 : -back] & free[: length - back - looks + 1] & free[looks - 1 + back :])
         if len(starts):
-            start = int(rng.choice(starts))
+            start = int(rng.choice(starts)) + looks - 1
             place(start, start + back)
 
     alphabet = rng.permutation(KEYS)
@@ -93,7 +99,10 @@ def recall_window(
     bindings, questions = np.array([*placed[: len(first)], *in_turn]).reshape(-1, 2).T
     values = rng.integers(VALUES, size=len(keys))
     tokens = rng.choice(FILLERS, length)
-    tokens[bindings] = BINDINGS.start + keys * VALUES + values
+    if looks == 1:
+        tokens[bindings] = BINDINGS.start + keys * VALUES + values
+    else:
+        tokens[bindings - 1], tokens[bindings] = QUESTIONS.start + keys, ANSWERS.start + values
     tokens[questions] = QUESTIONS.start + keys
     return Window(tokens, bindings, questions, ANSWERS.start + values)
 
@@ -101,15 +110,15 @@ def recall_window(
 class RecallWindows(Dataset[tuple[Tensor, Tensor]]):
     """Item i is drawn from the number i alone: inputs (length,), and targets (length,), the answers to questions."""
 
-    def __init__(self, length: int, couples: int, split: str, count: int):
-        self.length, self.couples, self.split, self.count = length, couples, split, count
+    def __init__(self, length: int, couples: int, split: str, count: int, looks: int = 1):
+        self.length, self.couples, self.split, self.count, self.looks = length, couples, split, count, looks
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((STREAMS[self.split], index))
-        window = recall_window(rng, self.length, self.couples, self.length)
+        window = recall_window(rng, self.length, self.couples, self.length, looks=self.looks)
         targets = np.full(self.length, IGNORED)
         targets[window.questions] = window.answers
         return torch.from_numpy(window.tokens), torch.from_numpy(targets)
@@ -122,6 +131,7 @@ class RecallData(L.LightningDataModule):
         context_length: training length L in tokens; at least 8.
         batch_size: windows a step and device.
         couples: how many bindings with a question a window has, if they find room.
+        looks: 1 where a binding is one token, 2 where it is two.
         val_windows: how many windows validation and test use; the same for every seed.
         num_workers: processes that make data; 0 makes it in the training process.
         seed: of the training windows; `seed_everything` sets it.
@@ -135,6 +145,7 @@ class RecallData(L.LightningDataModule):
         context_length: int,
         batch_size: int = 32,
         couples: int = 8,
+        looks: Literal[1, 2] = 1,
         val_windows: int = 256,
         num_workers: int = 0,
         seed: int = 1,
@@ -170,7 +181,7 @@ class RecallData(L.LightningDataModule):
         return DataLoader(windows, self.options.batch_size, num_workers=self.options.num_workers)
 
     def _windows(self, split: str, count: int) -> RecallWindows:
-        return RecallWindows(self.options.context_length, self.options.couples, split, count)
+        return RecallWindows(self.options.context_length, self.options.couples, split, count, self.options.looks)
 
 
 # --- accuracy by distance --------------------------------------------------------------------------------------------
@@ -191,7 +202,9 @@ class Questions:
         return Questions(self.windows.gather(1, kept), self.at - first, self.answers)
 
 
-def ask(distance: int, seed: int, samples: int, couples: int, length: int, distractors: str = "growing") -> Questions:
+def ask(
+    distance: int, seed: int, samples: int, couples: int, length: int, distractors: str = "growing", looks: int = 1
+) -> Questions:
     """Questions `distance` tokens from their bindings, both counted; `couples` is how many a trained `length` has.
 
     Before the binding are 0 to L/2 - 1 tokens, each number equally often, so that every phase of a block of L/2 counts
@@ -199,14 +212,14 @@ def ask(distance: int, seed: int, samples: int, couples: int, length: int, distr
     their number grows with the window, or a fixed number, as many as a trained length has.
     """
     most_before = length // 2 - 1
-    n = most_before + distance
+    n = most_before + distance + looks - 1
     others = max(1, round(couples * n / length) - 1) if distractors == "growing" else couples - 1
     windows, at = [], []
     for i in range(samples):
         rng = np.random.default_rng((STREAMS["measure"], 1, seed, distance, i))
-        binding = i % (most_before + 1)
+        binding = i % (most_before + 1) + looks - 1
         at.append(binding + distance - 1)
-        windows.append(recall_window(rng, n, others, min(length, n), asked=(binding, at[-1])))
+        windows.append(recall_window(rng, n, others, min(length, n), (binding, at[-1]), looks))
     tokens, answers = np.stack([w.tokens for w in windows]), np.array([w.answers[0] for w in windows])
     return Questions(torch.from_numpy(tokens), torch.tensor(at), torch.from_numpy(answers))
 
@@ -235,7 +248,8 @@ def measure_recall(
     each twice as far has half as many.
     """
     length, couples = runs[0].context_length, runs[0].data["couples"]
-    settings = {"context_length": length, "couples": couples, "steps": runs[0].recipe["steps"]}
+    looks = runs[0].data.get("looks", 1)
+    settings = {"context_length": length, "couples": couples, "looks": looks, "steps": runs[0].recipe["steps"]}
     settings |= {"longest": longest, "samples": samples, "distractors": list(distractors)}
 
     def work(run: Run, mode: Mode) -> dict[str, pd.DataFrame]:
@@ -244,7 +258,7 @@ def measure_recall(
         rows = []
         for kind, distance in product(distractors, octaves(length, longest)):
             asked = samples // max(1, distance // (16 * length))
-            questions = ask(distance, run.seed, asked, couples, length, kind)
+            questions = ask(distance, run.seed, asked, couples, length, kind, looks)
             right = count_right(model, questions.last(length) if mode.recompute else questions)
             rows.append({"distractors": kind, "distance": distance, "right": right, "asked": asked})
         return {"right": pd.DataFrame(rows)}

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import seaborn as sns
 
 from study.context_use import FAR, far_table
 from study.recall import CHANCE, wilson
-from study.thresholds import verdicts
+from study.recipes import HEADLINE, ablations
+from study.thresholds import LONG_THRESHOLDS, recall_verdicts, verdicts
 from train.errors import command
 from train.extrapolate import loss_table, perplexity_table, rise_table
 from train.files import replacing
@@ -26,6 +28,24 @@ MARKED = re.compile(r"(?<=<!-- table: )([\w-]+) -->\n.*?(?=<!-- end -->)", re.DO
 def where(results: Results, query: str) -> Results:
     """The results with some of their losses."""
     return replace(results, tables={"loss": results.tables["loss"].query(query)})
+
+
+def recipes_of(kind: str, make: Callable[[Results], str]) -> Callable[[Results], str]:
+    """The table of the headline's recipes, of hybrids, of ablations or of all others, from L on."""
+
+    def kind_of(recipe: str) -> str:
+        if recipe in HEADLINE:
+            return "headline"
+        return "ablation" if recipe in ablations(1) else "hybrid" if "local layers" in recipe else "other"
+
+    def some(results: Results) -> str:
+        ((name, frame),) = results.tables.items()
+        shown = frame[frame["encoding"].map(kind_of) == kind]
+        shown = shown[shown["context" if "context" in shown else "distance"] >= results.length]
+        label = shown["distractors"] + " distractors" if "distractors" in shown else ""
+        return make(replace(results, tables={name: shown.assign(label=label)}))
+
+    return some
 
 
 def occurrence_table(results: Results) -> str:
@@ -62,9 +82,13 @@ def recall_by_seed(results: Results) -> str:
     return table(results.tables["right"], "distance", entry, results.length)
 
 
+def listed(verdicts: list[str]) -> str:
+    return "\n".join(f"- {verdict}" for verdict in verdicts)
+
+
 # Which file each table is made from, and how.
 TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
-    "thresholds": ("loss", lambda results: "\n".join(f"- {verdict}" for verdict in verdicts(results))),
+    "thresholds": ("loss", lambda results: listed(verdicts(results))),
     "matrix": ("loss", loss_table),
     "soft-and-blockwise": ("loss", lambda results: loss_table(where(results, "mode not in ('sliding', 'recompute')"))),
     "paper": ("loss", lambda results: perplexity_table(results, "chunked")),
@@ -75,6 +99,18 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "occurrence": ("context_use", occurrence_table),
     "resolution": ("context_use", resolution_table),
     "recall": ("recall", recall_table),
+    "long-thresholds": ("recipes_loss", lambda results: listed(verdicts(results, LONG_THRESHOLDS))),
+    "recall-thresholds": ("recipes_recall", lambda results: listed(recall_verdicts(results))),
+    "recipes": ("recipes_loss", recipes_of("headline", loss_table)),
+    "recipes-rise": ("recipes_loss", recipes_of("headline", rise_table)),
+    "recipes-other": ("recipes_loss", recipes_of("other", loss_table)),
+    "hybrids": ("recipes_loss", recipes_of("hybrid", loss_table)),
+    "ablations": ("recipes_loss", recipes_of("ablation", loss_table)),
+    "recipes-recall": ("recipes_recall", recipes_of("headline", recall_table)),
+    "recipes-recall-by-seed": ("recipes_recall", recipes_of("headline", recall_by_seed)),
+    "recipes-recall-other": ("recipes_recall", recipes_of("other", recall_table)),
+    "hybrids-recall": ("recipes_recall", recipes_of("hybrid", recall_table)),
+    "recipes-far": ("recipes_use", far_table),
     "recall-by-seed": ("recall", recall_by_seed),
 }
 
@@ -118,18 +154,35 @@ def plot_recall(results: Results) -> sns.FacetGrid:
     return grid.refline(y=100 * CHANCE, color="0.3", linestyle=":")
 
 
+def plot_long(loss: Results, recall: Results) -> sns.FacetGrid:
+    """Loss and recall side by side, of RoPE, xPos and what is recommended."""
+    parts = [
+        loss.tables["loss"].assign(x=lambda f: f["context"] / loss.length, y=lambda f: f["loss"], label=LOSS),
+        recall.tables["right"]
+        .query("distractors == 'growing'")
+        .assign(x=lambda f: f["distance"] / recall.length, y=lambda f: 100 * f["right"] / f["asked"], label=RECALL),
+    ]
+    frame = pd.concat(parts).query("encoding in @HEADLINE[:3] and x <= 64")
+    grid = panels(frame, "x", "y", 1, "", facet_kws={"sharey": False}, height=3.2)
+    return grid.set_axis_labels("context, or distance, in trained lengths L", "")
+
+
+LOSS, RECALL = "loss on text, nats a byte", "recall, right answers in %"
+
+
 def lines(name: str, x: str, y: str, ylabel: str) -> Callable[[Results], sns.FacetGrid]:
     """A plot of one of the tables; where the distance is 0, there is none."""
     return lambda results: panels(results.tables[name].query(f"{x} > 0"), x, y, results.length, ylabel)
 
 
-PLOTS: dict[str, tuple[str, Callable[[Results], sns.FacetGrid]]] = {
-    "extrapolation": ("loss", lines("loss", "context", "loss", "loss, nats a byte")),
-    "by_position": ("loss", plot_positions),
-    "context_use": ("context_use", plot_far),
-    "occurrence": ("context_use", lines("occurrence", "distance", "loss", "loss, nats a byte")),
-    "resolution": ("context_use", lines("resolution", "context", "resolution", "attention resolution")),
-    "recall": ("recall", plot_recall),
+PLOTS: dict[str, tuple[tuple[str, ...], Callable[..., sns.FacetGrid]]] = {
+    "extrapolation": (("loss",), lines("loss", "context", "loss", "loss, nats a byte")),
+    "by_position": (("loss",), plot_positions),
+    "context_use": (("context_use",), plot_far),
+    "occurrence": (("context_use",), lines("occurrence", "distance", "loss", "loss, nats a byte")),
+    "resolution": (("context_use",), lines("resolution", "context", "resolution", "attention resolution")),
+    "recall": (("recall",), plot_recall),
+    "long": (("recipes_loss", "recipes_recall"), plot_long),
 }
 
 
@@ -139,9 +192,10 @@ def write_documents() -> None:
         text = filled(path.read_text())
         with replacing(path) as draft:
             draft.write_text(text)
-    for plot, (name, make) in PLOTS.items():
-        if (path := RESULTS / f"{name}.json").exists():
-            save_plot(make(results_of(*read_cells(path))), ROOT / "docs" / f"{plot}.png")
+    for plot, (names, make) in PLOTS.items():
+        paths = [RESULTS / f"{name}.json" for name in names]
+        if all(path.exists() for path in paths):
+            save_plot(make(*(results_of(*read_cells(path)) for path in paths)), ROOT / "docs" / f"{plot}.png")
 
 
 if __name__ == "__main__":

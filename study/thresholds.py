@@ -1,10 +1,11 @@
 """The thresholds of the extrapolation measure, fixed before any run: what is claimed, and whether it held."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
+from study.recipes import PARTIAL
 from train.measure import Results, by_window, estimate, in_lengths
 
 Line = tuple[str, str]  # an encoding in a mode
@@ -85,6 +86,30 @@ def recompute(losses: Losses) -> tuple[bool, str]:
     return difference[0] <= 0.01, f"at most {nats(difference, 4)}, at {multiple:g} L"
 
 
+def stays(losses: Losses) -> tuple[bool, str]:
+    rise = rises(losses, OURS, 64)
+    near, far = (max(rise[m][2] for m in rise if m <= reach) for reach in (16, 64))
+    multiple, worst = max(rise.items(), key=lambda item: item[1][2])
+    return near <= 0.01 and far <= 0.02, f"at most {nats(worst, 4)}, at {multiple:g} L"
+
+
+def lower_at_length(losses: Losses) -> tuple[bool, str]:
+    found = {other[0]: estimate(losses[OURS][1] - losses[other][1]) for other in (ROPE, XPOS)}
+    told = ", ".join(f"{nats(figures, 4)} of {name}" for name, figures in found.items())
+    return all(figures[2] < 0 for figures in found.values()), told
+
+
+def helps(losses: Losses) -> tuple[bool, str]:
+    found = {multiple: estimate(losses[OURS][multiple] - losses[OURS][1]) for multiple in (2, 8)}
+    told = ", ".join(f"{nats(figures, 4)} at {multiple} L" for multiple, figures in found.items())
+    return all(figures[2] < 0 for figures in found.values()), told
+
+
+def decay(losses: Losses) -> tuple[None, str]:
+    found = {multiple: estimate(losses[OURS][multiple] - losses[P_ROPE][multiple]) for multiple in (1, 8, 64)}
+    return None, ", ".join(f"{nats(figures, 4)} nats at {m} L".replace("1 L", "L") for m, figures in found.items())
+
+
 XPOS, ROPE, BCA, RECOMPUTE = ("xPos", "dense"), ("RoPE", "dense"), ("xPos", "BCA"), ("xPos", "recompute")
 OPEN = "open context, with {} xPos dense is within 0.1 nats of L up to 32 L, where RoPE is above 1 nat"
 FLAT = "flat, xPos BCA is within +0.02 nats of L up to 64 L (upper end of the interval)"
@@ -106,10 +131,38 @@ THRESHOLDS = [
     Threshold(NO_WORSE, (BCA, RECOMPUTE), 2, 64, recompute),
 ]
 
+OURS, P_ROPE = (PARTIAL, "dense"), ("p-RoPE, ScaleInvariant", "dense")
+LONG_THRESHOLDS = [
+    Threshold(
+        f"loss, {PARTIAL} is within +0.01 nats of L up to 16 L, +0.02 to 64 L (upper end)", (OURS,), 2, 64, stays
+    ),
+    Threshold(
+        f"loss at L, {PARTIAL} is below RoPE and xPos (whole interval)",
+        (OURS, ROPE, XPOS),
+        1,
+        1,
+        lower_at_length,
+    ),
+    Threshold(f"gain, {PARTIAL} is at 2 L and at 8 L below L (whole interval)", (OURS,), 8, 8, helps),
+    Threshold(f"decay, {PARTIAL} less p-RoPE, ScaleInvariant", (OURS, P_ROPE), 64, 64, decay),
+]
+RECALLED = {8: 99, 32: 95, 64: 95}  # per cent at least, of the worst seed, by distance in trained lengths
 
-def verdicts(results: Results) -> list[str]:
+
+def verdicts(results: Results, thresholds: Sequence[Threshold] = tuple(THRESHOLDS)) -> list[str]:
     """Every threshold: met or missed with its figure and 95 % interval, or why it is not measured."""
     losses: Losses = {}
     for (encoding, mode, context), group in results.tables["loss"].groupby(["encoding", "mode", "context"]):
         losses.setdefault((encoding, mode), {})[context / results.length] = by_window(group)
-    return [threshold.verdict(losses) for threshold in THRESHOLDS]
+    return [threshold.verdict(losses) for threshold in thresholds]
+
+
+def recall_verdicts(results: Results) -> list[str]:
+    """For each distance that has a threshold, the worst seed of the recommended recipe."""
+    right, found = results.tables["right"].query(f"encoding == '{PARTIAL}' and distractors == 'growing'"), []
+    for multiple, least in RECALLED.items():
+        at = right.query(f"distance == {multiple * results.length}")
+        worst = min(100 * at["right"] / at["asked"], default=0)
+        told = f"recall, {PARTIAL} at {multiple} L at least {least} % in the worst of {len(at)} seeds: {worst:.1f} %"
+        found.append(f"{'met' if worst >= least else 'MISSED'}: {told}")
+    return found

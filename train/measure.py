@@ -147,18 +147,18 @@ def table(frame: pd.DataFrame, column: str, entry: Callable[[Any], str], length:
     ordered = frame.sort_values("label", key=lambda labels: pd.factorize(labels)[0], kind="stable")
     entries: Any = ordered.groupby(["label", "encoding", column], sort=False).apply(entry)
     rows = entries.unstack(sort=False).fillna("")
-    rows.index = [f"{encoding}, {label}" for label, encoding in rows.index]
+    rows.index = [", ".join(filter(None, (encoding, label))) for label, encoding in rows.index]
     if length:
         rows.columns = [in_lengths(size, length) for size in rows.columns]
     return rows.rename_axis(column).to_markdown(disable_numparse=True)
 
 
-def panels(frame: pd.DataFrame, x: str, y: str, length: int, ylabel: str) -> sns.FacetGrid:
+def panels(frame: pd.DataFrame, x: str, y: str, length: int, ylabel: str, **options: Any) -> sns.FacetGrid:
     """A plot with a panel a mode and a line an encoding, x in trained lengths."""
     order = sorted(set(frame["encoding"]))
     columns = 2 if frame["label"].nunique() in (2, 4) else 3
-    options: dict[str, Any] = {"col_wrap": columns, "height": 2.7, "errorbar": None}
-    options |= {"hue": "encoding", "hue_order": order, "style": "encoding", "style_order": order, "markers": True}
+    options = {"col_wrap": columns, "height": 2.7, "errorbar": None, "markers": True} | options
+    options |= {"hue": "encoding", "hue_order": order, "style": "encoding", "style_order": order}
     frame = frame.assign(**{x: frame[x] / length})
     grid = sns.relplot(frame, x=x, y=y, kind="line", col="label", palette="colorblind", **options)
     grid.set_titles("{col_name}").set_axis_labels(f"{x} / L", ylabel).refline(x=1, color="black", linestyle="-")
