@@ -44,6 +44,7 @@ from xpos_zoo import (
     ScalableSoftmax,
     ScaleInvariant,
     SoftTail,
+    attend,
     plan,
 )
 
@@ -83,6 +84,34 @@ def test_attention_equals_the_formula(n, w, heads, d, b, dtype, encoding, tail, 
         actual = attended(q, k, v, encoding.module(d), w, document_ids=ids, distance_bias=tail)
     mask = mask if ids is None else within_documents(mask, ids)
     assert_attends_exactly(actual, q, k, v, mask, encoding.with_biases(tail))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@settings(max_examples=50)
+@given(
+    n=st.integers(2, 60),
+    w=st.none() | st.integers(2, 20),
+    heads=st.sampled_from([(4, 4), (4, 2)]),
+    dtype=st.sampled_from((torch.float32, *HALVES)),
+    encoding=encodings,
+    bias=tails | st.builds(LearnedBias),
+    documents=st.booleans(),
+    chunk=st.sampled_from([7, 1024]),
+)
+def test_flex_attention_gets_the_same_mask_and_gain(n, w, heads, dtype, encoding, bias, documents, chunk):
+    """As far as a CPU can tell: there FlexAttention computes plainly, and has no gradient."""
+    q, k, v = (t.detach() for t in inputs(n, 2, *heads, 6, dtype))
+    settings = {"document_ids": document_ids(n) if documents else None, "distance_bias": bias}
+    outputs = []
+    for way in (lambda pattern, n, *_: n > 1, lambda *_: False):
+        with (
+            torch.no_grad(),
+            mock.patch.object(plan, "QUERY_CHUNK", chunk),
+            mock.patch.object(plan, "flexible", way),
+            mock.patch.object(attend, "flexible", way),
+        ):
+            outputs.append(attended(q, k, v, encoding.module(6), w, **settings))
+    assert relative_error(*outputs) < 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -271,11 +300,12 @@ def test_a_refused_setting_leaves_the_old_one():
 @pytest.mark.gpu
 @GPU_DTYPES
 @pytest.mark.parametrize("positions", [XPOS, partial(XPOS, scale_base=0.2), Sloped], ids=["xpos", "in chunks", "bias"])
+@pytest.mark.parametrize("bias", [None, SoftTail(2, 10), ScaleInvariant()], ids=["plain", "tail", "gain"])
 @PATTERNS
-def test_the_block_equals_the_formula_on_cuda(positions, block_size, dtype):
-    """With a bias that halves can hold, for there it is rounded to them."""
-    module = block(num_kv_heads=1, block_size=block_size, positions=positions).to(dtype)
-    assert_block_is_exact(module, normal(0, 2, 41, 32, dtype=dtype), device="cuda")
+def test_the_block_equals_the_formula_on_cuda(positions, bias, block_size, dtype):
+    """Where there is a bias, by FlexAttention."""
+    module = block(64, 4, None, bias, num_kv_heads=1, block_size=block_size, positions=positions).to(dtype)
+    assert_block_is_exact(module, normal(0, 2, 41, 64, dtype=dtype), device="cuda")
 
 
 @pytest.mark.gpu

@@ -50,8 +50,6 @@ def assert_same_run(run: Path, other: Path) -> None:
 def test_every_configuration_trains_and_validation_reads_what_it_left(config, tmp_path, capsys):
     more: dict[str, Any] = {"trainer__callbacks": None, "trainer__precision": "32", "data__split_by": "file"}
     changes = {"data__num_workers": 0, "model__compile": "false", **more}
-    if config == "alibi":
-        changes["model__positions__num_heads"] = 2  # as `options` has it
     run = fit(tmp_path, config, **changes)
     assert read_checkpoint(run)["global_step"] == STEPS
     assert list(run.glob("tensorboard/events.*"))

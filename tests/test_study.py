@@ -157,11 +157,11 @@ def small(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
 
         run = Path(option["--runs"]) / name / f"seed{seed}"
         if not run.exists():  # else it is finished
-            changed_run(runs / ("rotary" if name == "rotary" else "xpos") / "seed1", run, change)
+            changed_run(runs / ("rotary" if name == "rope" else "xpos") / "seed1", run, change)
             state["trained"].append((name, seed))
 
     for name in ("cpu", "recall"):
-        sizes = {"data": {"context_length": L}, "model": {"num_heads": 2}}
+        sizes = {"data": {"context_length": L}, "model": {"num_heads": 2, "num_layers": 1}}
         (tmp_path / "configs").mkdir(exist_ok=True)
         (tmp_path / "configs" / f"{name}.yaml").write_text(yaml.dump(sizes))
     monkeypatch.chdir(tmp_path)
@@ -181,14 +181,14 @@ def test_a_study_that_is_stopped_goes_on_and_what_has_results_is_not_trained_aga
         study_main.complete(short, path)
     small["stop_at"] = None
     study_main.complete(short, path)
-    assert small["trained"] == [("xpos", 1), ("xpos", 2), ("rotary", 1), ("rotary", 2)]
+    assert small["trained"] == [("xpos", 1), ("rope", 1), ("xpos", 2), ("rope", 2)]
     (tmp_path / "runs").rename(tmp_path / "gone")
     study_main.complete(short, path)
     assert len(small["trained"]) == 4
     settings, cells = read_cells(path)
     write_cells(path, settings, [each for each in cells if each["seed"] == 1])
     study_main.complete(short, path)
-    assert small["trained"][4:] == [("xpos", 2), ("rotary", 2)]
+    assert small["trained"][4:] == [("xpos", 2), ("rope", 2)]
     assert len(read_cells(path)[1]) == 8
 
 

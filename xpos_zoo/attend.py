@@ -5,17 +5,19 @@ a block, p keys in a part, s slots of a cache. Heads stand behind the sequence, 
 blocks are views and attention's output is not copied.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import dropout, pad, scaled_dot_product_attention
 
 from xpos_zoo.cache import LayerCache
-from xpos_zoo.plan import Pattern, Plan, Window, block_count, chunks, known
+from xpos_zoo.plan import Pattern, Plan, Window, block_count, chunks, flexible, known
 from xpos_zoo.rotary import at_least_float32
 
 PARTS_AT_ONCE = 64  # whose keys are converted to float32 at a time: never the whole cache
@@ -101,6 +103,9 @@ def attend_window(
         seen = k[:, keys]
         if window.shifts is not None:
             seen = shifted(seen, window.shifts[i], plan.part, pattern)
+        if not dropout_p and flexible(pattern, n, q.device, q.dtype):
+            outputs.append(flex_attention(q[:, rows], seen, v[:, keys], window.score_mod(rows, keys, pattern)))
+            continue
         mask, gain = window.logits_by_distance(rows, keys, pattern, q.dtype)
         outputs.append(softmax_attention(q[:, rows], seen, v[:, keys], mask, gain, dropout_p))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -144,6 +149,22 @@ def softmax_attention(
             q, k, v, mask, dropout_p=dropout_p, is_causal=mask is None, enable_gqa=bool(grouped)
         )
     return rearrange(out, "b h n d -> b n h d")
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, score_mod: Callable[..., Tensor]) -> Tensor:
+    """Attention of q (b, n, h, d) to k, v (b, m, g, d) whose scaled scores `score_mod` changes and hides."""
+    q, k, v = (rearrange(t, "b n h d -> b h n d") for t in (q, k, v))
+    eager = not torch.compiler.is_compiling() and q.device.type == "cuda"
+    with torch.autocast(q.device.type, enabled=False):
+        out = (compiled_flex() if eager else flex.flex_attention)(
+            q, k, v, score_mod, enable_gqa=k.shape[1] != q.shape[1]
+        )
+    return rearrange(out, "b h n d -> b n h d")
+
+
+@cache
+def compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex.flex_attention)
 
 
 def gained_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, gain: Tensor, dropout_p: float) -> Tensor:

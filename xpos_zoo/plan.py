@@ -4,6 +4,7 @@ Axes: b batch, h heads, n queries, m keys, j blocks or parts, w tokens in a bloc
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -34,8 +35,14 @@ def sees(
 
     Causally, from `first_seen` on, and only keys of the same document if there are ids; never a position below 0.
     """
-    seen = (k_at[..., None, :] <= q_at[..., None]) & (k_at[..., None, :] >= first_seen(q_at, block_size)[..., None])
-    return seen if q_ids is None or k_ids is None else seen & (q_ids[..., None] == k_ids[..., None, :])
+    ids = None if q_ids is None or k_ids is None else (q_ids[..., None], k_ids[..., None, :])
+    return one_sees(q_at[..., None], k_at[..., None, :], block_size, ids)
+
+
+def one_sees(q: Tensor, k: Tensor, block_size: int | None, ids: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`sees` of each query and key of two tensors that broadcast."""
+    seen = (k <= q) & (k >= first_seen(q, block_size))
+    return seen if ids is None else seen & (ids[0] == ids[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +116,7 @@ class Window:
         masked: whether attention takes a mask; else it is causal, and the last query sees the last key.
         mask, gain: what is added to the logits and, if any pattern asks for that, what they are multiplied by before,
             if they are the same for all queries and layers.
+        tables: for FlexAttention, bias and gain, or None, at distances 0, 1, ..., (1 or h, m), likewise.
     """
 
     q_at: Tensor
@@ -119,6 +127,7 @@ class Window:
     masked: bool = True
     mask: Tensor | None = None
     gain: Tensor | None = None
+    tables: tuple[Tensor, Tensor | None] | None = None
 
     def logits_by_distance(
         self, rows: slice, keys: slice, pattern: Pattern, dtype: torch.dtype
@@ -132,19 +141,56 @@ class Window:
         k_ids = None if self.k_ids is None else self.k_ids[..., keys]
         seen, distance = sees(q_at, k_at, pattern.block_size, q_ids, k_ids), q_at[..., None] - k_at[..., None, :]
         seen, distance = (t[(None,) * (3 - t.ndim)][:, None] for t in (seen, distance))  # (b, 1, n, m)
-        bias = sum((bias(distance) for bias in pattern.biases), torch.zeros((), device=q_at.device))
+        bias, gain = logits_at(distance, pattern)
         # On the CPU it may be more precise than q. CUDA's memory-efficient kernel wants q's dtype, so that there a bias
         # is rounded: one of 10 by up to 0.03 in bfloat16, 0.004 in float16.
         dtype = dtype if q_at.device.type == "cuda" else at_least_float32(dtype)
-        gains = [bias.gain(distance) for bias in pattern.biases if hasattr(bias, "gain")]  # type: ignore[attr-defined]
-        return torch.where(seen, bias, -torch.inf).to(dtype), reduce(torch.mul, gains) if gains else None
+        return torch.where(seen, bias, -torch.inf).to(dtype), gain
+
+    def score_mod(self, rows: slice, keys: slice, pattern: Pattern) -> Callable[..., Tensor]:
+        """The same as a function of FlexAttention, from tables of gain and bias by distance."""
+        q_at, k_at = self.q_at[..., rows], self.k_at[..., keys]
+        q_ids = None if self.q_ids is None else self.q_ids[..., rows]
+        k_ids = None if self.k_ids is None else self.k_ids[..., keys]
+        bias, gain = self.tables or self.with_tables(pattern).tables  # type: ignore[misc]
+
+        def modified(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            q, k = (at[index] if at.ndim == 1 else at[b, index] for at, index in ((q_at, i), (k_at, j)))
+            ids = None if q_ids is None or k_ids is None else (q_ids[b, i], k_ids[b, j])
+            t = (q - k).clamp(min=0)
+            score = score if gain is None else score * gain[h % len(gain), t]
+            return torch.where(one_sees(q, k, pattern.block_size, ids), score + bias[h % len(bias), t], -torch.inf)
+
+        return modified
 
     def with_mask(self, pattern: Pattern, dtype: torch.dtype, chunk: int) -> "Window":
         """With mask and gain, if all queries go at once (for all chunks they are n x m) and no layer has its own."""
-        if not self.masked or self.q_at.shape[-1] > chunk or pattern.learned:
+        if not self.masked or pattern.learned:
+            return self
+        if flexible(pattern, self.q_at.shape[-1], self.q_at.device, dtype):
+            return self.with_tables(pattern)
+        if self.q_at.shape[-1] > chunk:
             return self
         mask, gain = self.logits_by_distance(slice(None), slice(None), pattern, dtype)
         return replace(self, mask=mask, gain=gain)
+
+    def with_tables(self, pattern: Pattern) -> "Window":
+        distance = torch.arange(self.k_at.shape[-1], device=self.k_at.device)  # none is farther than keys are many
+        bias, gain = logits_at(distance[None, None, None], pattern)
+        return replace(self, tables=(bias[0, :, 0], None if gain is None else gain[0, :, 0]))
+
+
+def logits_at(distance: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
+    """Bias and, if there is one, gain of logits at distances (b, 1, n, m), broadcasting against (b, h, n, m)."""
+    bias = sum((bias(distance) for bias in pattern.biases), torch.zeros((), device=distance.device))
+    gains = [bias.gain(distance) for bias in pattern.biases if hasattr(bias, "gain")]  # type: ignore[attr-defined]
+    return bias, reduce(torch.mul, gains) if gains else None
+
+
+def flexible(pattern: Pattern, n: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `attend` leaves biases of n queries to FlexAttention: on CUDA one kernel, where masks would be n x m."""
+    fits = dtype != torch.float64 and len(pattern.positions.rates) >= 8  # head dimensions from 16 on
+    return bool(pattern.biases) and n > 1 and device.type == "cuda" and fits
 
 
 class Plan:
