@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Call, milliseconds, peak_megabytes, peers, publish, training
+from benchmarks.harness import Call, milliseconds, peak_megabytes, peers, publish, record, training
 from study.encodings import NoPositions
 from xpos_zoo import XPOS, MultiHeadAttention
 
 EMBED_DIM, HEADS, BLOCK = 512, 8, 512
+SETTINGS = {"embed_dim": EMBED_DIM, "num_heads": HEADS, "block_size": BLOCK}
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 65536, 131072]
 Block = Callable[[Tensor], Tensor]
 
@@ -125,7 +126,9 @@ def main() -> None:
     parser.add_argument("--dense-limit", default=8192, type=int, help="longest length of dense contenders")
     parser.add_argument("--seconds", default=2.0, type=float, help="time for each contender")
     options = parser.parse_args()
+    what = "attention" if options.dense_limit >= min(options.lengths) else "attention-blockwise"
     rows: list[dict[str, Any]] = []
+    settings: dict[str, Any] = {}
     grown: dict[str, list[tuple[int, float]]] = {}
     for length in options.lengths:
         for backward in (False, True):
@@ -157,14 +160,9 @@ def main() -> None:
                 row |= {f"{name}, ms": each for name, each in times.items()}
             rows.append(row)
             print(row, flush=True)
-    settings: dict[str, Any] = {
-        "embed_dim": EMBED_DIM,
-        "num_heads": HEADS,
-        "block_size": BLOCK,
-        "dtype": options.dtype,
-        "grows as length to the power of": {name: exponent(points) for name, points in grown.items()},
-    }
-    what = "attention" if options.dense_limit >= min(options.lengths) else "attention-blockwise"
+            powers = {name: exponent(points) for name, points in grown.items()}
+            settings = SETTINGS | {"dtype": options.dtype, "grows as length to the power of": powers}
+            record(f"{what}-{options.dtype}", options.device, settings, rows)
     publish(f"{what}-{options.dtype}", options.device, settings, rows)
     for name, power in settings["grows as length to the power of"].items():
         print(f"{name} grows as length^{power}")

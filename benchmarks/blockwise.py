@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import Call, milliseconds, peers, publish, training
+from benchmarks.harness import Call, milliseconds, peers, publish, record, training
 from xpos_zoo import XPOS
 from xpos_zoo.attend import attend
 from xpos_zoo.plan import Pattern, Tokens, make_plan
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--seconds", default=1.0, type=float, help="time for each contender")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    settings = {"heads": HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK, "dtype": options.dtype}
     for length in options.lengths:
         for backward in (False, True):
             torch._dynamo.reset()
@@ -152,7 +153,7 @@ def main() -> None:
                 row |= {f"{name}, ms": each for name, each in times.items()}
             rows.append(row)
             print(row, flush=True)
-    settings = {"heads": HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK, "dtype": options.dtype}
+            record(f"blockwise-{options.dtype}", options.device, settings, rows)
     publish(f"blockwise-{options.dtype}", options.device, settings, rows)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import milliseconds, peers, publish
+from benchmarks.harness import milliseconds, peers, publish, record
 from xpos_zoo import XPOS, MultiHeadAttention
 
 POSITIONS = [1024, 4096, 16384, 65536, 131072]
@@ -36,11 +36,11 @@ class Decoding:
         module = MultiHeadAttention(self.embed_dim, self.num_heads, positions=positions, block_size=block_size)
         return module.to(self.device, self.dtype).requires_grad_(False)
 
-    def ours(self, block_size: int | None) -> Callable[[], Any]:
+    def ours(self, block_size: int | None, mode: str | None = None) -> Callable[[], Any]:
         module = self.block(block_size)
         cache = module.make_cache(1, self.position)
         cache[0].k.copy_(self.keys(cache[0].slots) / 100)
-        compiled = torch.compile(module, fullgraph=True)
+        compiled = torch.compile(module, fullgraph=True, mode=mode)
 
         def step() -> Tensor:
             cache.length.fill_(self.position - 1)
@@ -98,6 +98,8 @@ def main() -> None:
             "ours, dense": case.ours(None),
             "raw keys, rotated afresh": case.raw_keys(),
         }
+        if options.device == "cuda":
+            contenders["ours, dense, CUDA graphs"] = case.ours(None, "reduce-overhead")
         contenders |= peers({"x-transformers": case.x_transformers})
         times = milliseconds(contenders, options.device, options.seconds)
         first = times["ours, blockwise"] if first is None else first
@@ -109,6 +111,7 @@ def main() -> None:
             | ({f"{name}, ms": each for name, each in times.items()} if options.device == "cuda" else {})
         )
         print(rows[-1], flush=True)
+        record(f"decode-{options.dtype}", options.device, settings, rows)
     publish(f"decode-{options.dtype}", options.device, settings, rows)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 PACKAGES = (
     "torch einops lightning triton torchscale zetascale rotary-embedding-torch x-transformers transformers liger-kernel"
 )
@@ -105,7 +105,14 @@ def peers(makers: dict[str, Callable[[], Call]], failure: type[Exception] = Impo
 
 
 def publish(name: str, device: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write `results/<name>-<device>.json` with versions and hardware, and print the rows as a Markdown table."""
+    """Print the rows as a Markdown table, and `record` them."""
+    path = record(name, device, settings, rows)
+    print(table(rows))
+    print(path)
+
+
+def record(name: str, device: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Write `results/<name>-<device>.json`, with versions and hardware; the rows so far, if a run is cut short."""
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     content = {
         "benchmark": name,
@@ -117,8 +124,7 @@ def publish(name: str, device: str, settings: dict[str, Any], rows: list[dict[st
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{device}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(rows))
-    print(path)
+    return path
 
 
 def installed(package: str) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Call, milliseconds, peers, publish
+from benchmarks.harness import Call, milliseconds, peers, publish, record
 from xpos_zoo import XPOS
 
 HEADS, HEAD_DIM, SCALE_BASE = 8, 64, 512
@@ -154,6 +154,8 @@ def main() -> None:
     parser.add_argument("--seconds", default=1.0, type=float, help="time for each contender")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    title = "rotary" if len(options.dtypes) > 1 else f"rotary-{options.dtypes[0]}"
+    settings = {"heads": HEADS, "head_dim": HEAD_DIM, "scale_base": SCALE_BASE}
     for dtype in options.dtypes:
         for length in options.lengths:
             for backward in (False, True):
@@ -174,8 +176,8 @@ def main() -> None:
                 if options.device == "cuda":
                     rows[-1]["ours, compiled, ms"] = times["ours, compiled"]
                 print(rows[-1], flush=True)
-    name = "rotary" if len(options.dtypes) > 1 else f"rotary-{options.dtypes[0]}"
-    publish(name, options.device, {"heads": HEADS, "head_dim": HEAD_DIM, "scale_base": SCALE_BASE}, rows)
+                record(title, options.device, settings, rows)
+    publish(title, options.device, settings, rows)
 
 
 if __name__ == "__main__":
