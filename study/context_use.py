@@ -10,6 +10,7 @@ Three measurements on held-out windows of several trained lengths:
 3. *Attention resolution* (Sun et al. 2022, eq. 3): how monotonically the expected logit falls with distance.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from train.measure import DEVICE, Results, against, by_window, estimate, measure
 from train.modes import Mode, standard_modes
 from train.runs import Run, find_runs
 from xpos_zoo import MultiHeadAttention, Transformer
-from xpos_zoo.plan import sees
+from xpos_zoo.plan import logits_at, sees
 
 MODES = ("dense", "log-n", "tail", "BCA")
 FAR = ("intact", "shuffled", "replaced")
@@ -95,12 +96,8 @@ def resolution(scores: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def expected_scores(model: Transformer, tokens: Tensor) -> Tensor:
-    """Mean logit at each distance at which the model sees keys, over rows and positions: (layers, heads, N), float64.
-
-    As the paper's eq. 11, but of the queries and keys that tokens (b, n) have, not of an expectation over random ones.
-    NaN at distances that only other layers see.
-    """
+def attention_inputs(model: Transformer, tokens: Tensor) -> list[tuple[MultiHeadAttention, Tensor]]:
+    """Each layer's attention, and what it gets for tokens (b, n): (b, n, c)."""
     inputs: list[Tensor] = []
     hooks = [each.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for each in model.attentions]
     try:
@@ -108,32 +105,70 @@ def expected_scores(model: Transformer, tokens: Tensor) -> Tensor:
     finally:
         for hook in hooks:
             hook.remove()
-    scores = torch.stack([mean_logits(*each) for each in zip(model.attentions, inputs, strict=True)])
+    return list(zip(model.attentions, inputs, strict=True))
+
+
+def expected_scores(model: Transformer, tokens: Tensor) -> Tensor:
+    """Mean logit at each distance at which the model sees keys, over rows and positions: (layers, heads, N), float64.
+
+    As the paper's eq. 11, but of the queries and keys that tokens (b, n) have, not of an expectation over random ones.
+    NaN at distances that only other layers see.
+    """
+    scores = torch.stack([mean_logits(*each) for each in attention_inputs(model, tokens)])
     return scores[..., ~scores.isnan().all(1).all(0)]
 
 
+@torch.inference_mode()
 def mean_logits(attention: MultiHeadAttention, x: Tensor) -> Tensor:
     """Mean logit of each head's visible pairs at each distance, NaN where there are none, for x (b, n, c): (h, n)."""
+    sums, counts = torch.zeros(attention.num_heads, x.shape[1], dtype=torch.float64, device=x.device), 0
+    for logits, distance in logits_in_chunks(attention, x):
+        visible = logits[0, 0] > -torch.inf
+        sums.index_add_(1, distance[visible], logits.double().mean(0)[:, visible])
+        counts = counts + torch.bincount(distance[visible], minlength=x.shape[1])
+    return sums / counts
+
+
+@torch.inference_mode()
+def attention_shares(model: Transformer, tokens: Tensor, queries: int) -> pd.DataFrame:
+    """Of each layer's and head's attention from the last `queries` tokens, the share at each octave of distance.
+
+    A distance of 2^k stands for 2^k .. 2^(k+1) - 1, and 0 for the token itself.
+    """
+    parts = []
+    for layer, (attention, x) in enumerate(attention_inputs(model, tokens)):
+        for logits, distance in logits_in_chunks(attention, x, queries):
+            octave = torch.where(distance > 0, distance.clamp(min=1).log2().floor() + 1, 0).long()
+            shares = logits.new_zeros(*logits.shape[:3], 1 + x.shape[1].bit_length())
+            shares.scatter_add_(-1, octave.clamp(min=0).expand(logits.shape), logits.softmax(-1))
+            for head, share in enumerate(shares.mean((0, 2)).tolist()):
+                at = [0, *(2**k for k in range(len(share) - 1))]
+                parts.append(pd.DataFrame({"layer": layer, "head": head, "distance": at, "share": share}))
+    return pd.concat(parts)
+
+
+def logits_in_chunks(
+    attention: MultiHeadAttention, x: Tensor, queries: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (b, h, q, m) of chunks of the last queries in x (b, n, c), and their distances (q, m)."""
     n, heads = x.shape[1], attention.num_heads
     q = rearrange(attention.q_proj(x), "b n (h d) -> b h n d", h=heads)
     k = rearrange(attention.k_proj(x), "b n (g d) -> b g n d", g=attention.num_kv_heads)
     k = repeat(k, "b g n d -> b (g r) n d", r=heads // attention.num_kv_heads)
     at = torch.arange(n, device=x.device)
-    sums = torch.zeros(heads, n, dtype=torch.float64, device=x.device)
-    counts = torch.zeros(n, dtype=torch.int64, device=x.device)
     chunk = min(QUERIES_AT_ONCE, attention.positions.max_span(q.dtype))
-    for start in range(0, n, chunk):
+    for start in range(0 if queries is None else n - queries, n, chunk):
         end = min(start + chunk, n)
         q_at, k_at = at[start:end], at[:end]
         turned = attention.positions.rotate(q[..., start:end, :], k[..., :end, :], q_at, k_at, (start + end) // 2)
-        logits = turned[0] @ turned[1].mT / attention.head_dim**0.5
         distance = q_at[:, None] - k_at
-        for bias in attention.pattern.biases:
-            logits = logits + bias(distance)
-        visible = sees(q_at, k_at, attention.block_size)
-        sums.index_add_(1, distance[visible], logits.double().mean(0)[:, visible])
-        counts += torch.bincount(distance[visible], minlength=n)
-    return sums / counts
+        bias, gain = logits_at(distance, attention.pattern)
+        logits = turned[0] @ turned[1].mT / attention.head_dim**0.5
+        if attention.query_scaling is not None:
+            seen = sees(q_at, k_at, attention.block_size).sum(-1)
+            logits = logits * attention.query_scaling(seen, logits.dtype)[:, None]
+        logits = (logits if gain is None else logits * gain) + bias
+        yield logits.masked_fill(~sees(q_at, k_at, attention.block_size), -torch.inf), distance
 
 
 def measure_context_use(runs: list[Run], modes: list[Mode], path: Path, longest: int = 8, windows: int = 24) -> Results:
@@ -158,6 +193,8 @@ def measure_context_use(runs: list[Run], modes: list[Mode], path: Path, longest:
                 for tokens in [text[:RESOLUTION_WINDOWS, -context - 1 : -1].to(DEVICE)]
             }
             found["resolution"] = pd.DataFrame({"context": resolved.keys(), "resolution": resolved.values()})
+        if mode.name == "dense":
+            found["attention"] = attention_shares(model, text[:RESOLUTION_WINDOWS, :-1].to(DEVICE), targets)
         return found
 
     return measure(runs, modes, settings, path, work)

@@ -15,10 +15,13 @@ from torch import Tensor
 import study.context_use
 from study.context_use import (
     NGRAM,
+    attention_inputs,
+    attention_shares,
     by_occurrence,
     context_use,
     expected_scores,
     far_versions,
+    logits_in_chunks,
     occurrence_distances,
     resolution,
 )
@@ -28,7 +31,7 @@ from train.extrapolate import held_out, token_losses
 from train.measure import read_cells, results_of
 from train.modes import SlidingWindow
 from train.runs import find_runs
-from xpos_zoo import XPOS, RotaryEmbedding, Transformer
+from xpos_zoo import XPOS, MultiHeadAttention, RotaryEmbedding, ScalableSoftmax, ScaleInvariant, Transformer
 
 L = 16
 NAMES = ["a", "b", "b", "c"]
@@ -139,12 +142,41 @@ def test_expected_scores_are_the_means_of_the_models_own_logits(positions, encod
     assert not any(each._forward_pre_hooks for each in model.attentions)
 
 
-def test_expected_scores_of_alibi_hold_its_bias():
+@pytest.mark.parametrize("block_size", [None, 8])
+@pytest.mark.parametrize(
+    ("positions", "scaling", "bias"),
+    [
+        (partial(ALiBi, num_heads=4), None, None),
+        (partial(XPOS, scale_base=8, max_wavelength=20), ScalableSoftmax(10), None),
+        (partial(XPOS, scale_base=8), None, ScaleInvariant(3)),
+    ],
+)
+@torch.inference_mode()
+def test_what_is_told_of_attention_is_what_layers_attend_with(positions, scaling, bias, block_size, monkeypatch):
+    monkeypatch.setattr(study.context_use, "QUERIES_AT_ONCE", 5)
     torch.manual_seed(0)
-    model = Transformer(256, 16, 1, 2, positions=partial(ALiBi, num_heads=2)).double().eval()
-    model.attentions[0].q_proj.weight.data *= 0
-    found = expected_scores(model, random_windows(1, 9))
-    assert found.tolist() == [[[-slope * distance for distance in range(9)] for slope in (2**-4, 2**-8)]]
+    block = MultiHeadAttention(32, 4, num_kv_heads=2, positions=positions, block_size=block_size).double()
+    block.query_scaling, block.distance_bias = scaling, bias
+    x = 3 * torch.randn(2, 33, 32, dtype=torch.float64)
+    v = block.v_proj(x).unflatten(-1, (2, 8)).transpose(1, 2).repeat_interleave(2, 1)
+    found = [logits.softmax(-1) @ v[:, :, : logits.shape[-1]] for logits, _ in logits_in_chunks(block, x, 16)]
+    expected = block(x)[:, -16:]
+    actual = block.out_proj(torch.cat(found, 2).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))  # biases are float32
+
+
+@torch.inference_mode()
+def test_shares_of_attention_by_octave_are_the_sums_of_weights_there():
+    torch.manual_seed(0)
+    model = sharpened(Transformer(256, 32, 2, 4, positions=RotaryEmbedding))
+    tokens = random_windows(2, 17)
+    shares = attention_shares(model, tokens, 8).groupby(["layer", "head", "distance"])["share"].mean().unstack()
+    assert list(shares.columns) == [0, 1, 2, 4, 8, 16]
+    block, x = attention_inputs(model, tokens)[1]
+    ((logits, distance),) = logits_in_chunks(block, x, 8)
+    expected = (logits.softmax(-1) * ((distance >= 4) & (distance < 8))).sum(-1).mean((0, 2))
+    assert shares.loc[1, 4].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert shares.sum(1).tolist() == pytest.approx([1.0] * 8)
 
 
 @pytest.mark.slow
