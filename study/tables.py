@@ -167,6 +167,25 @@ def plot_long(loss: Results, recall: Results) -> sns.FacetGrid:
     return grid.set_axis_labels("context, or distance, in trained lengths L", "")
 
 
+def plot_attention(use: Results) -> sns.FacetGrid:
+    """Where each head's attention goes at the end of the longest window, of one seed: a line a head, a panel a layer."""
+    shown = (PARTIAL, "p-RoPE, ScaleInvariant", "xPos")
+    frame = use.tables["attention"].query(f"seed == seed.min() and encoding in {shown}")
+    frame = frame.assign(distance=frame["distance"].clip(lower=0.5) / use.length, share=100 * frame["share"])
+    options: dict[str, Any] = {
+        "col": "layer",
+        "row": "encoding",
+        "row_order": shown,
+        "units": "head",
+        "estimator": None,
+    }
+    grid = sns.relplot(frame, x="distance", y="share", kind="line", color="C0", height=2, aspect=1.4, **options)
+    grid.set_titles("{row_name}, layer {col_name}").refline(x=1, color="black", linestyle="-")
+    for axes in grid.axes.flat:
+        axes.set_xscale("log", base=2)
+    return grid.set_axis_labels("distance / L, in octaves", "attention, %")
+
+
 LOSS, RECALL = "loss on text, nats a byte", "recall, right answers in %"
 
 
@@ -182,6 +201,7 @@ PLOTS: dict[str, tuple[tuple[str, ...], Callable[..., sns.FacetGrid]]] = {
     "occurrence": (("context_use",), lines("occurrence", "distance", "loss", "loss, nats a byte")),
     "resolution": (("context_use",), lines("resolution", "context", "resolution", "attention resolution")),
     "recall": (("recall",), plot_recall),
+    "attention": (("recipes_use",), plot_attention),
     "long": (("recipes_loss", "recipes_recall"), plot_long),
 }
 

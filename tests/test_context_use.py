@@ -176,7 +176,7 @@ def test_shares_of_attention_by_octave_are_the_sums_of_weights_there():
     ((logits, distance),) = logits_in_chunks(block, x, 8)
     expected = (logits.softmax(-1) * ((distance >= 4) & (distance < 8))).sum(-1).mean((0, 2))
     assert shares.loc[1, 4].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
-    assert shares.sum(1).tolist() == pytest.approx([1.0] * 8)
+    assert shares.sum(axis=1).tolist() == pytest.approx([1.0] * 8)
 
 
 @pytest.mark.slow
