@@ -20,7 +20,7 @@ from study.context_use import MODES, measure_context_use
 from study.encodings import rescaled_modes
 from study.recall import DISTRACTORS, measure_recall
 from study.recipes import HEADLINE, Options, ablations, hybrids, recipes
-from study.tables import RESULTS, write_documents
+from study.tables import RESULTS, write_document
 from train.__main__ import main as train
 from train.errors import UserError, command
 from train.extrapolate import measure_loss
@@ -152,7 +152,7 @@ def study(
         if only is None or each.name in only:
             complete(each, Path(results) / f"{each.name}.json")
     if Path(results).resolve() == RESULTS:
-        write_documents()
+        write_document()
 
 
 def complete(measurement: Measurement, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m study.tables`: every table and plot of docs/extrapolation.md and README.md, from study/results/*.json."""
+"""`python -m study.tables`: every table and plot of docs/extrapolation.md, from study/results/*.json."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from train.measure import Results, against, panels, read_cells, results_of, save
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "study" / "results"
-DOCUMENTS = (ROOT / "docs" / "extrapolation.md", ROOT / "README.md")
+DOCUMENT = ROOT / "docs" / "extrapolation.md"
 MARKED = re.compile(r"(?<=<!-- table: )([\w-]+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -90,7 +90,6 @@ def listed(verdicts: list[str]) -> str:
 TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "thresholds": ("loss", lambda results: listed(verdicts(results))),
     "matrix": ("loss", loss_table),
-    "soft-and-blockwise": ("loss", lambda results: loss_table(where(results, "mode not in ('sliding', 'recompute')"))),
     "paper": ("loss", lambda results: perplexity_table(results, "chunked")),
     "encodings": ("encodings", loss_table),
     "softness": ("softness", lambda results: rise_table(where(results, f"context >= {results.length}"))),
@@ -206,12 +205,11 @@ PLOTS: dict[str, tuple[tuple[str, ...], Callable[..., sns.FacetGrid]]] = {
 }
 
 
-def write_documents() -> None:
-    """Write all tables into the documents, and all plots beside them."""
-    for path in DOCUMENTS:
-        text = filled(path.read_text())
-        with replacing(path) as draft:
-            draft.write_text(text)
+def write_document() -> None:
+    """Write all tables into the document, and all plots beside it."""
+    text = filled(DOCUMENT.read_text())
+    with replacing(DOCUMENT) as draft:
+        draft.write_text(text)
     for plot, (names, make) in PLOTS.items():
         paths = [RESULTS / f"{name}.json" for name in names]
         if all(path.exists() for path in paths):
@@ -219,4 +217,4 @@ def write_documents() -> None:
 
 
 if __name__ == "__main__":
-    command(write_documents)
+    command(write_document)

@@ -170,7 +170,8 @@ def test_shares_of_attention_by_octave_are_the_sums_of_weights_there():
     torch.manual_seed(0)
     model = sharpened(Transformer(256, 32, 2, 4, positions=RotaryEmbedding))
     tokens = random_windows(2, 17)
-    shares = attention_shares(model, tokens, 8).groupby(["layer", "head", "distance"])["share"].mean().unstack()
+    frame: Any = attention_shares(model, tokens, 8)
+    shares = frame.groupby(["layer", "head", "distance"])["share"].mean().unstack()
     assert list(shares.columns) == [0, 1, 2, 4, 8, 16]
     block, x = attention_inputs(model, tokens)[1]
     ((logits, distance),) = logits_in_chunks(block, x, 8)

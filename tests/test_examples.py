@@ -73,7 +73,9 @@ def test_the_readmes_examples_run_one_after_the_other():
     assert {"attention", "cache", "model", "q", "k"} <= names.keys()
 
 
-def test_every_file_that_the_readme_names_is_there():
+def test_every_file_and_test_that_the_readme_names_is_there():
     links, configs = (re.findall(each, README) for each in (r"\]\((?!http)([^)#]+)\)", r"\b(configs/\w+\.yaml)"))
     for path in links + configs:
         assert (ROOT / path).exists(), path
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", README))

@@ -1,6 +1,7 @@
 """The study's recipes: each trains, and a run of it is called by its name again."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ def test_every_recipe_trains_and_a_run_of_it_is_called_by_its_name(tmp_path: Pat
     for name, training in {each.encoding: each for part in parts for each in part.trainings}.items():
         (arguments,) = training.work.args  # type: ignore[attr-defined]
         model = tuple(argument for argument in arguments if argument.startswith("--model."))
-        sizes = {"model__num_layers": 4, "model__num_heads": 4, "trainer__max_steps": 2}
+        sizes: dict[str, Any] = {"model__num_layers": 4, "model__num_heads": 4, "trainer__max_steps": 2}
         run = read_run(fit(tmp_path, more=model, name=training.folder.parent.name, **sizes) / LAST)
         assert run.encoding == name or name not in recipes(128, 4)
 
