@@ -100,7 +100,8 @@ def test_attention_equals_the_formula(n, w, heads, d, b, dtype, encoding, tail, 
 )
 def test_flex_attention_gets_the_same_mask_and_gain(n, w, heads, dtype, encoding, bias, documents, chunk):
     """As far as a CPU can tell: there FlexAttention computes plainly, and has no gradient."""
-    q, k, v = (t.detach() for t in inputs(n, 2, *heads, 6, dtype))
+    h, g = heads
+    q, k, v = inputs(n, 2, h, g, 6, dtype, grad=False)
     settings = {"document_ids": document_ids(n) if documents else None, "distance_bias": bias}
     outputs = []
     for way in (lambda pattern, n, *_: n > 1, lambda *_: False):
