@@ -30,7 +30,7 @@ def where(results: Results, query: str) -> Results:
     return replace(results, tables={"loss": results.tables["loss"].query(query)})
 
 
-def recipes_of(kind: str, make: Callable[[Results], str]) -> Callable[[Results], str]:
+def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable[[Results], str]:
     """The table of the headline's recipes, of hybrids, of ablations or of all others, from L on."""
 
     def kind_of(recipe: str) -> str:
@@ -39,7 +39,7 @@ def recipes_of(kind: str, make: Callable[[Results], str]) -> Callable[[Results],
         return "ablation" if recipe in ablations(1) else "hybrid" if "local layers" in recipe else "other"
 
     def some(results: Results) -> str:
-        ((name, frame),) = results.tables.items()
+        frame = results.tables[name]
         shown = frame[frame["encoding"].map(kind_of) == kind]
         shown = shown[shown["context" if "context" in shown else "distance"] >= results.length]
         label = shown["distractors"] + " distractors" if "distractors" in shown else ""
@@ -100,15 +100,15 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "recall": ("recall", recall_table),
     "long-thresholds": ("recipes_loss", lambda results: listed(verdicts(results, LONG_THRESHOLDS))),
     "recall-thresholds": ("recipes_recall", lambda results: listed(recall_verdicts(results))),
-    "recipes": ("recipes_loss", recipes_of("headline", loss_table)),
-    "recipes-rise": ("recipes_loss", recipes_of("headline", rise_table)),
-    "recipes-other": ("recipes_loss", recipes_of("other", loss_table)),
-    "hybrids": ("recipes_loss", recipes_of("hybrid", loss_table)),
-    "ablations": ("recipes_loss", recipes_of("ablation", loss_table)),
-    "recipes-recall": ("recipes_recall", recipes_of("headline", recall_table)),
-    "recipes-recall-by-seed": ("recipes_recall", recipes_of("headline", recall_by_seed)),
-    "recipes-recall-other": ("recipes_recall", recipes_of("other", recall_table)),
-    "hybrids-recall": ("recipes_recall", recipes_of("hybrid", recall_table)),
+    "recipes": ("recipes_loss", recipes_of("headline", "loss", loss_table)),
+    "recipes-rise": ("recipes_loss", recipes_of("headline", "loss", rise_table)),
+    "recipes-other": ("recipes_loss", recipes_of("other", "loss", loss_table)),
+    "hybrids": ("recipes_loss", recipes_of("hybrid", "loss", loss_table)),
+    "ablations": ("recipes_loss", recipes_of("ablation", "loss", loss_table)),
+    "recipes-recall": ("recipes_recall", recipes_of("headline", "right", recall_table)),
+    "recipes-recall-by-seed": ("recipes_recall", recipes_of("headline", "right", recall_by_seed)),
+    "recipes-recall-other": ("recipes_recall", recipes_of("other", "right", recall_table)),
+    "hybrids-recall": ("recipes_recall", recipes_of("hybrid", "right", recall_table)),
     "recipes-far": ("recipes_use", far_table),
     "recall-by-seed": ("recall", recall_by_seed),
 }
