@@ -163,7 +163,7 @@ def plot_long(loss: Results, recall: Results) -> sns.FacetGrid:
     ]
     frame = pd.concat(parts, ignore_index=True).query("encoding in @HEADLINE[:3] and x <= 64")
     grid = panels(frame, "x", "y", 1, "", facet_kws={"sharey": False}, height=3.2)
-    return grid.set_axis_labels("context, or distance, in trained lengths L", "")
+    return grid.set_axis_labels("context or distance / L", "")
 
 
 def plot_attention(use: Results) -> sns.FacetGrid:
