@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed  ## train both encodings, evaluate them, draw the plot
 	$(BIN)/python -m study.demo
 
-study: $(VENV)/installed  ## all that docs/extrapolation.md reports: more than an hour
+study: $(VENV)/installed  ## all that docs/extrapolation.md reports and study/results lacks: hours from nothing
 	$(BIN)/python -m study $(STUDY)
 
 test: lint  ## linters, type checker, all tests
