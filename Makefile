@@ -1,4 +1,6 @@
 PYTHON ?= python3
+# Or another: `make clean test TORCH=2.11.0`.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -23,7 +25,8 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[study,test]"
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[study,test]"
 	touch $@
 
 clean:  ## the environment and caches; never a run

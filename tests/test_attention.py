@@ -3,8 +3,6 @@
 Axes: b batch, h heads, g key-value heads, n sequence, d head dimension; w is the block size.
 """
 
-import copy
-import pickle
 from functools import partial
 from unittest import mock
 
@@ -270,14 +268,6 @@ def test_a_bias_may_be_a_function_a_module_or_none_in_any_order():
         assert module.distance_bias is bias
         assert ("distance_bias.table" in module.state_dict()) == (bias is learned)
         assert (learned.table in set(module.parameters())) == (bias is learned)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_a_copy_gives_the_same_numbers(copied):
-    positions = partial(XPOS, scale_base=16)
-    module = block(32, 4, LogNScaling(0.5, 5), SoftTail(3.0, 10), block_size=12, positions=positions)
-    x = normal(0, 2, 40, 32)
-    assert torch.equal(copied(module)(x), module(x))
 
 
 def test_a_block_made_on_the_meta_device_gives_the_loaded_ones_numbers():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xpos_zoo.attend import attend
 from xpos_zoo.bias import DistanceBias, QueryScaling
-from xpos_zoo.cache import KeyValueCache, LayerCache
+from xpos_zoo.cache import KeyValueCache, LayerCache, weight_of
 from xpos_zoo.checks import as_integer, require_integers, require_sizes
 from xpos_zoo.plan import Pattern, Plan, Tokens, make_plan
 from xpos_zoo.rotary import PositionModule
@@ -33,9 +33,11 @@ class MultiHeadAttention(nn.Module):
         block_size: None for dense causal attention; an integer for blockwise causal attention in blocks of that size.
         bias: whether the projections have biases.
         dropout: probability of dropping an attention weight in training.
+        device, dtype: where the module goes, and as what, once it is made.
 
     Attributes that may be set at any time, on a trained model too:
         block_size, positions (a module): as above.
+        q_proj, k_proj, v_proj, out_proj: any modules of the same widths, such as quantised ones and adapters.
         query_scaling: None, or a `QueryScaling` by the number of keys seen: `LogNScaling`, `ScalableSoftmax`.
         distance_bias: None, or a `DistanceBias` such as `SoftTail`; a module's parameters are trained with the others.
             Attention is then masked, 1024 queries at a time; training keeps all masks.
@@ -58,6 +60,8 @@ class MultiHeadAttention(nn.Module):
         block_size: int | None = None,
         bias: bool = False,
         dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -88,6 +92,7 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+        self.to(device, dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "block_size" and value is not None:
@@ -148,7 +153,8 @@ class MultiHeadAttention(nn.Module):
                 raise ValueError(
                     f"x must have shape (batch, seq_len, embed_dim={self.embed_dim}), got {tuple(x.shape)}"
                 )
-            dtype = self.q_proj.weight.dtype
+            weight = weight_of(self.q_proj)
+            dtype = x.dtype if weight is None else weight.dtype
             if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
                 raise ValueError(f"x must have the weights' dtype {dtype}, or run under autocast, got {x.dtype}")
             with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):

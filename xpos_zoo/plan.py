@@ -380,8 +380,10 @@ def aligned(pattern: Pattern, tokens: Tokens) -> bool:
 
 def block_count(n: int, w: int, cached: bool) -> int:
     """Blocks of w tokens for n of them; from a cache, also for what they see before them, wherever they begin."""
+    if cached:
+        return (n + 3 * w - 2) // w
     # A graph for any length takes a block too many: else there would be one graph more.
-    return (n + 3 * w - 2) // w if cached else n // w + 1 - known(n % w == 0)
+    return n // w + 1 - known(n % w == 0) if torch.compiler.is_compiling() else -(-n // w)
 
 
 def known(condition: bool) -> bool:
