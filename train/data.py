@@ -343,8 +343,3 @@ class TextData(L.LightningDataModule):
                 f"data.context_length + 1 = {length}; give more text, or lower data.context_length"
             )
         return Windows(documents, length, stride, self.separator)
-
-
-def tokenizer_json_in(checkpoint: dict[str, Any]) -> str | None:
-    """The tokenizer.json of a checkpoint's tokens; None if its data says nothing of them."""
-    return checkpoint.get(TextData.__qualname__, {}).get("tokenizer")
