@@ -47,19 +47,23 @@ def one_sees(q: Tensor, k: Tensor, block_size: int | None, ids: tuple[Tensor, Te
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """How a layer attends, apart from its weights."""
+    """How a layer attends, apart from its weights.
+
+    `preceded`: in blocks, whether one of keys comes before the first of the queries.
+    """
 
     positions: PositionModule
     block_size: int | None = None
     query_scaling: QueryScaling | None = None
     distance_bias: DistanceBias | None = None
+    preceded: bool = False
 
     def plan_key(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """What is equal in layers that share a plan for q and k of `dtype`; bfloat16 and float32 may share one."""
         # Without modules where that can be, so that layers compiled one by one share a graph.
         positions, precision = self.positions, dtype if dtype in (torch.float16, torch.float64) else None
         own = positions if hasattr(positions, "distance_bias") else None
-        settings = self.block_size, self.query_scaling, self.distance_bias
+        settings = self.block_size, self.query_scaling, self.distance_bias, self.preceded
         return positions.rates, positions.interleaved, own, *settings, precision
 
     @property
@@ -75,7 +79,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a forward: b rows of n.
+    """The tokens of a forward: b rows of n, a block before the queries included.
 
     Attributes:
         length: tokens before them, (b,), in a cache; None without.
@@ -229,7 +233,7 @@ def make_plan(pattern: Pattern, tokens: Tokens, cache: LayerCache | None = None)
     w = pattern.block_size
     if cache is not None and tokens.n == 1:
         plan = plan_token(pattern, tokens, cache)
-    elif w is not None and (cache is not None or tokens.n > 2 * w):
+    elif w is not None and (cache is not None or pattern.preceded or tokens.n > 2 * w):
         plan = plan_blocks(pattern, tokens, w, cache)
     else:  # in up to two blocks, every query sees all before it
         plan = plan_sequence(pattern, tokens, cache)
@@ -283,7 +287,7 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
         q_table = make_table(pattern, at[:w] % chunk - chunk // 2, tokens)
         part_at = torch.arange(-w, w, p, device=tokens.device)
         first_shifts, shifts = (shift_tables(pattern, tokens, each, w, chunk) for each in (part_at[w // p :], part_at))
-    q_at, slots = torch.arange(blocks * w, device=tokens.device), None
+    q_at, slots = torch.arange(w * pattern.preceded, blocks * w, device=tokens.device), None
     if cache is not None and tokens.length is not None:
         start = first_seen(tokens.length[:, None], w)
         q_at = start + q_at
