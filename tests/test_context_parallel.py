@@ -1,10 +1,12 @@
 """Ranks that share rows compute what one process does on whole rows: outputs, gradients, a training.
 
 Four processes are spawned once and make all claims, one after the other; a test fails if its claim did on any rank.
+Four others train.
 """
 
 import os
 import random
+import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -48,7 +50,8 @@ def assert_same_as_alone(
 ) -> None:
     """Of `module` and a copy with the mesh: outputs, and gradients by x (if it has any) and by all parameters.
 
-    In another order of sums: 100 roundoffs may be between them, of the largest, for a gradient may be a sum that cancels.
+    In another order of sums: up to 100 roundoffs of the largest are between them, for a gradient may be a sum that
+    cancels.
     """
     mine = shard(mesh, x).detach().requires_grad_(x.requires_grad)
     own = {name: None if value is None else shard(mesh, value) for name, value in settings.items()}
@@ -214,3 +217,73 @@ def test_on_every_rank(claim, claimed):
         failure = (claimed / f"{claim.__name__}-{rank}").read_text()
         died = claim is a_rank_that_dies_ends_the_others_with_an_error and rank == 1
         assert failure == ("it died" if died else ""), f"rank {rank}: {failure}"
+
+
+LENGTH, STEPS = 32, 20
+DDP = ("--trainer.strategy=ddp",)
+FSDP = (
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+    "--trainer.strategy.data_parallel_size=4",
+    "--trainer.strategy.tensor_parallel_size=1",
+    "--trainer.strategy.save_distributed_checkpoint=false",
+)
+# Devices, of which so many share a window, and how the others are trained with.
+TRAININGS = {"two": (2, 2, DDP), "four": (4, 4, DDP), "pairs": (4, 2, FSDP)}
+
+
+def train(
+    folder: Path, name: str, devices: int = 1, sharing: int = 1, strategy: tuple[str, ...] = (), **more: Any
+) -> None:
+    """Twenty steps in float64, of windows that most often have several documents."""
+    from test_devices import BothRanks
+    from tiny import options
+
+    from train.__main__ import main
+    from train.data import TextData
+
+    changes: dict[str, Any] = {
+        "trainer__max_steps": STEPS,
+        "trainer__val_check_interval": 10,
+        "trainer__callbacks": "[]",
+    }
+    changes |= {"data__context_length": LENGTH, "data__separate_documents": "true", "trainer__devices": devices}
+    changes |= {"model__num_layers": 2, "model__block_size": "[4, 8]", "model__context_parallel_size": sharing} | more
+    command = ["fit", *options(folder, name=name, **changes), "--trainer.callbacks+=test_devices.Double", *strategy]
+    main(command, data=BothRanks if name.endswith("on both batches") else TextData)
+
+
+def train_together(rank: int, folder: Path, ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    for port, (name, (devices, *how)) in zip(ports, TRAININGS.items(), strict=True):
+        if rank < devices:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+            train(folder, name, devices, *how)
+            dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_devices_that_share_windows_train_as_one_does_and_one_goes_on_from_four(tmp_path):
+    from tiny import metrics, read_checkpoint, write_corpus
+
+    write_corpus(tmp_path / "corpus", size=40)
+    for name in ("one", "one on both batches"):  # which makes the cache of tokens, too
+        train(tmp_path, name)
+    spawn(train_together, (tmp_path, [free_port() for _ in TRAININGS]), nprocs=RANKS)
+    runs = {name: tmp_path / "runs" / name / "seed1" for name in ("one", "one on both batches", *TRAININGS)}
+    for name, (devices, sharing, _) in TRAININGS.items():
+        expected = runs["one" if devices == sharing else "one on both batches"]
+        for part, weight in read_checkpoint(expected)["state_dict"].items():
+            torch.testing.assert_close(read_checkpoint(runs[name])["state_dict"][part], weight, rtol=1e-9, atol=1e-12)
+        for column in ("train_nats_per_token", "val_nats_per_token"):
+            losses = metrics(expected, column)
+            assert len(losses) == (STEPS if column.startswith("train") else 2)
+            if devices == sharing or column.startswith("val"):  # else the one logs a mean over more
+                assert metrics(runs[name], column) == pytest.approx(losses, rel=1e-6)  # the log is written in float32
+    train(tmp_path, "longer", trainer__max_steps=STEPS + 1, checkpoint=runs["four"])
+    assert read_checkpoint(tmp_path / "runs" / "longer" / "seed1")["global_step"] == STEPS + 1
