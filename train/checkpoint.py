@@ -11,7 +11,7 @@ from train.errors import UserError
 from train.files import replacing
 
 CONTENT = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step"}
-# Options of data and model that change no number.
+# Options of data and model that change no number, or as much as other devices do.
 FREE = {"num_workers", "cache", "compile", "checkpoint_activations", "context_parallel_size"}
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 

@@ -196,9 +196,13 @@ def plan_layers(
             raise ValueError("document_ids must be None with a cache: each row of a cache is one document")
         if any(layer.query_scaling is not None for layer in layers):
             raise ValueError("document_ids must be None with query_scaling, which counts the keys of a whole row")
-    for layer in layers:
-        if layer.cp_mesh is not None:
-            check_shard(layer.block_size, n, cache)
+    for w in (layer.block_size for layer in layers if layer.cp_mesh is not None):
+        if cache is not None:
+            raise ValueError("cache must be None with cp_mesh: set that to None to decode")
+        if w is None:
+            raise ValueError("block_size must be set with cp_mesh, got None: dense layers need the keys of all ranks")
+        if n == 0 or n % w:
+            raise ValueError(f"seq_len must be a multiple of block_size={w} with cp_mesh, got {n}")
     known = torch.amp.is_autocast_available(x.device.type)  # the meta device is not
     autocast = known and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -216,27 +220,14 @@ def plan_layers(
     patterns = [layer.pattern for layer in layers]
     for i, pattern in enumerate(patterns):
         key = pattern.plan_key(dtype)
-        plans[key] = plans.get(key) or make_plan(
-            pattern, preceded(layers[i], tokens), None if cache is None else cache[i]
-        )
+        own = None if cache is None else cache[i]
+        plans[key] = plans.get(key) or make_plan(pattern, preceded(layers[i], tokens), own)
     return [plans[pattern.plan_key(dtype)] for pattern in patterns]
 
 
-def check_shard(block_size: int | None, n: int, cache: KeyValueCache | None) -> None:
-    """Raise ValueError unless a rank of a cp_mesh can attend to n tokens and the block before them."""
-    if cache is not None:
-        raise ValueError("cache must be None with cp_mesh: set that to None to decode")
-    if block_size is None:
-        raise ValueError("block_size must be set with cp_mesh, got None: dense attention needs the keys of all ranks")
-    if n == 0 or n % block_size:
-        raise ValueError(f"seq_len must be a multiple of block_size={block_size} with cp_mesh, got {n}")
-
-
 def preceded(layer: MultiHeadAttention, tokens: Tokens) -> Tokens:
-    """The tokens that the layer's keys are of: with a cp_mesh, those of the block before as well."""
-    w, ids = layer.block_size, tokens.document_ids
-    if layer.cp_mesh is None or w is None:
+    """The tokens; with a cp_mesh, the document ids of the block before the layer's own are among theirs."""
+    ids = tokens.document_ids
+    if ids is None or layer.cp_mesh is None:
         return tokens
-    if ids is not None:
-        (ids,) = joined(block_before(layer.cp_mesh, w, ids), ids)
-    return replace(tokens, n=tokens.n + w * layer.pattern.preceded, document_ids=ids)
+    return replace(tokens, document_ids=joined(block_before(layer.cp_mesh, layer.block_size or 0, ids), ids)[0])

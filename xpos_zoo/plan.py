@@ -79,13 +79,13 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a forward: b rows of n, a block before the queries included.
+    """The tokens of a forward: b rows of n.
 
     Attributes:
         length: tokens before them, (b,), in a cache; None without.
         count: how many of the n count, (b,), the others being padding; None for all.
         most: the most tokens that a row has with these; None if that is not known before the graph runs.
-        document_ids: (b, n) or None.
+        document_ids: (b, n) or None; if the pattern is preceded, of that block, too.
     """
 
     b: int
@@ -272,7 +272,8 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
     From a cache, each row is laid out from the first block that its new tokens see.
     """
     n, ids, span = tokens.n, tokens.document_ids, pattern.positions.max_span(tokens.dtype)
-    blocks, at = block_count(n, w, cache is not None), torch.arange(2 * w, device=tokens.device)
+    blocks = block_count(n, w, cache is not None) + pattern.preceded
+    at = torch.arange(2 * w, device=tokens.device)
     p = part_size(pattern.positions, w)
     must_mask = bool(pattern.biases) or ids is not None
     masked = must_mask or not aligned(pattern, tokens)
@@ -301,7 +302,7 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
         )
     first_ids = rest_ids = k_ids = None
     if ids is not None:
-        ids = rearrange(pad(ids, (0, blocks * w - n)), "b (j w) -> b j w", w=w)
+        ids = rearrange(pad(ids, (0, blocks * w - ids.shape[1])), "b (j w) -> b j w", w=w)
         first_ids, rest_ids = ids[:, 0], ids[:, 1:].flatten(0, 1)
         k_ids = torch.cat((ids[:, :-1], ids[:, 1:]), dim=-1).flatten(0, 1)
     first = Window(at[:w], at[:w], first_ids, first_ids, first_shifts, must_mask or (masked and chunk < w))
