@@ -13,7 +13,8 @@ from train.files import replacing
 from train.tokens import FILE
 
 CONTENT = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step"}
-FREE = {"num_workers", "cache", "compile", "checkpoint_activations"}  # options of data and model that change no number
+# Options of data and model that change no number, or as much as other devices do.
+FREE = {"num_workers", "cache", "compile", "checkpoint_activations", "context_parallel_size"}
 EXPORTED = "training.json"  # beside an exported model: what its checkpoint says of its training
 DATA = "TextData"  # what of a checkpoint is the text's
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"

@@ -187,7 +187,10 @@ class Windows(Dataset[Tensor | tuple[Tensor, ...]]):
 
 
 class RandomBatches(Sampler[list[int]]):
-    """Batches of random indices; batch number s depends on (seed, s, rank) alone, so a resumed run draws the same."""
+    """Batches of random indices; batch number s depends on (seed, s, rank) alone, so a resumed run draws the same.
+
+    Devices that share windows have one rank.
+    """
 
     def __init__(self, size: int, batch_size: int, first: int, last: int, seed: int, rank: int):
         self.size, self.batch_size, self.first, self.last = size, batch_size, first, last
@@ -199,7 +202,9 @@ class RandomBatches(Sampler[list[int]]):
         assert trainer is not None
         batches = trainer.accumulate_grad_batches
         first, last = trainer.global_step * batches, trainer.max_steps * batches
-        return cls(size, batch_size, first, last, seed, trainer.global_rank)
+        model: Any = trainer.lightning_module
+        sharing = 1 if model is None else model.options.context_parallel_size
+        return cls(size, batch_size, first, last, seed, trainer.global_rank // sharing)
 
     def __len__(self) -> int:
         return self.last

@@ -158,6 +158,7 @@ class Transformer(nn.Module):
     block_size = setting("block_size", "None for dense attention, else the block size of blockwise attention")
     query_scaling = setting("query_scaling", "None, or a `QueryScaling` such as `LogNScaling`")
     distance_bias = setting("distance_bias", "None, or a `DistanceBias` such as `SoftTail`")
+    cp_mesh = setting("cp_mesh", "None, or the `DeviceMesh` of context parallelism: tokens and logits are of one rank")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), property):
