@@ -160,7 +160,7 @@ def small(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
             state["trained"].append((name, seed))
 
     for name in ("cpu", "recall"):
-        sizes = {"data": {"context_length": L}, "model": {"num_heads": 2, "num_layers": 1}}
+        sizes = {"data": {"context_length": L}, "model": {"num_heads": 2, "num_layers": 1}, "trainer": {"max_steps": 4}}
         (tmp_path / "configs").mkdir(exist_ok=True)
         (tmp_path / "configs" / f"{name}.yaml").write_text(yaml.dump(sizes))
     monkeypatch.chdir(tmp_path)
