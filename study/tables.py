@@ -36,7 +36,7 @@ def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable
     def kind_of(recipe: str) -> str:
         if recipe in HEADLINE:
             return "headline"
-        return "ablation" if recipe in ablations(1) else "hybrid" if "local layers" in recipe else "other"
+        return "ablation" if recipe in ablations(1) else "hybrid" if "layers" in recipe else "other"
 
     def some(results: Results) -> str:
         frame = results.tables[name]
