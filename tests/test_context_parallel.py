@@ -36,7 +36,7 @@ from torch.multiprocessing.spawn import spawn
 from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, ScaleInvariant, SoftTail
 
 RANKS = 4
-PATIENCE = timedelta(seconds=60)  # of a collective
+PATIENCE = timedelta(minutes=5)  # of a collective, while others compile
 CASES = 24
 Claim = Callable[[dict[int, DeviceMesh]], None]
 
