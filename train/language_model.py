@@ -118,6 +118,12 @@ class LanguageModel(L.LightningModule):
         except (ValueError, TypeError) as error:
             raise UserError(f"model: {error}") from error
         for attention in self.transformer.attentions:
+            blocks = context_parallel_size * (attention.block_size or context_length + 1)  # dense, none fits
+            if context_parallel_size > 1 and context_length % blocks:
+                raise UserError(
+                    "data.context_length must be a multiple of model.context_parallel_size * model.block_size, "
+                    f"got {context_length} with {context_parallel_size} and {attention.block_size or 'null'}"
+                )
             for bias in attention.pattern.biases:
                 heads = bias(torch.zeros(1, 1, 1, 1, dtype=torch.int64)).shape[-3]
                 if heads not in (1, num_heads):
@@ -129,16 +135,8 @@ class LanguageModel(L.LightningModule):
         self.transformer.checkpoint_activations = checkpoint_activations
 
     def setup(self, stage: str) -> None:
-        size, world, length = self.options.context_parallel_size, self.trainer.world_size, self.options.context_length
-        if size < 1 or world % size:
-            raise UserError(f"model.context_parallel_size must divide the number of devices, {world}, got {size}")
+        size, world = self.options.context_parallel_size, self.trainer.world_size
         if size > 1:
-            for block_size in (attention.block_size for attention in self.transformer.attentions):
-                if block_size is None or length % (size * block_size):
-                    raise UserError(
-                        "data.context_length must be a multiple of model.context_parallel_size * model.block_size, "
-                        f"got {length} with {size} and {block_size or 'null'}"
-                    )
             device = self.trainer.strategy.root_device.type
             mesh = init_device_mesh(device, (world // size, size), mesh_dim_names=("data", "context"))
             self.transformer.cp_mesh = mesh["context"]
