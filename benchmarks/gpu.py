@@ -72,7 +72,7 @@ PARTS = {
         8,
         "benchmarks.rotary",
         "--device cuda --seconds 0.2 --dtypes float32 --lengths 4096 16384",
-        "--seconds 0 --dtypes float32 --lengths 8",
+        "--help",
     ),
     "study": Part(60, "study", STUDY.format("gpu"), "--help"),
 }

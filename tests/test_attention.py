@@ -84,8 +84,9 @@ def test_attention_equals_the_formula(n, w, heads, d, b, dtype, encoding, tail, 
     assert_attends_exactly(actual, q, k, v, mask, encoding.with_biases(tail))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(
     n=st.integers(2, 60),
     w=st.none() | st.integers(2, 20),
