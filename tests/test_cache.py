@@ -54,7 +54,7 @@ def in_pieces(
         pattern = Pattern(positions, cache[0].block_size, None, bias)
         plan = make_plan(pattern, tokens, cache[0])
         outputs.append(attend(new_q, new_k, new_v, plan, pattern, cache[0]))
-        cache.advance(n, None)
+        cache.advance()
     return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
@@ -186,6 +186,30 @@ def test_a_reset_cache_is_as_a_fresh_one_even_after_nan(block_size):
     cache.reset()
     for piece in normal(0, 2, 40, 32).split([11, 1, 28], dim=1):
         assert torch.equal(module(piece, cache=cache), module(piece, cache=fresh))
+
+
+@settings(max_examples=20)
+@given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=5), scale_base=st.sampled_from([2, 16, 512]))
+def test_a_cache_without_a_length_grows_with_what_comes(sizes, scale_base):
+    module = decoder()
+    module.positions = XPOS(8, scale_base)
+    cache, x = module.make_cache(2), normal(0, 2, sum(sizes), 32)
+    pieces = [module(piece, cache=cache) for piece in x.split(sizes, dim=1)]
+    assert relative_error(torch.cat(pieces, 1), module(x)) <= CONTRACT
+
+
+@given(keep=st.tuples(st.integers(0, 30), st.integers(0, 30)), more=st.integers(1, 20))
+def test_a_cropped_cache_goes_on_from_where_each_row_was_cut(keep, more):
+    module, x, new = decoder(), normal(0, 2, 30, 32), normal(1, 2, more, 32)
+    cache = module.make_cache(2, 50)
+    module(x, cache=cache)
+    cache.crop(torch.tensor(keep))
+    output = module(new, cache=cache)
+    for row, kept in enumerate(keep):
+        alone = module(torch.cat((x[row, :kept], new[row]))[None])[0, kept:]
+        assert relative_error(output[row], alone) <= CONTRACT
+    cache.crop(0)
+    assert not cache.length.any()
 
 
 def test_a_cache_is_saved_loaded_and_copied_like_a_module():

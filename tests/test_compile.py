@@ -151,6 +151,14 @@ def test_layers_compiled_one_by_one_take_the_models_plan(compiler_counts):
     assert not compiler_counts["graph_break"]
 
 
+@PATTERNS
+def test_padding_adds_no_graph(block_size, compiler_counts):
+    module = block(block_size=block_size)
+    masked = lambda x, mask: module(x, key_padding_mask=mask)  # noqa: E731
+    calls = [(x, normal(7, *x.shape[:2]) > 1) for (x,) in inputs(32, LENGTHS)]
+    check_graphs(masked, calls, compiler_counts, graphs_of(block_size))
+
+
 @pytest.mark.parametrize("biases", [(None, None), (LogNScaling(0.5, 10), SoftTail(4.0, 10))], ids=["plain", "biased"])
 def test_one_graph_decodes_and_prefill_has_those_of_a_forward_without_a_cache(biases, compiler_counts):
     block_size = 8 if any(biases) else None

@@ -66,10 +66,13 @@ CASES = [
     (lambda: dense(h[0]), "x must have shape (batch, seq_len, embed_dim=32), got (5, 32)"),
     (lambda: dense(h.long()), "x must have the weights' dtype torch.float32, or run under autocast, got"),
     # Caches
-    (lambda: dense.make_cache(2), "max_length must be given for dense attention"),
+    (lambda: dense.make_cache(2, 0), "max_length must be above 0 and an integer, got 0"),
     (lambda: dense.make_cache(-1, 5), "batch_size must be 0 or above and an integer, got -1"),
     (lambda: dense.make_cache(2, 9, dtype=torch.int32), "dtype must be a floating-point one, got torch.int32"),
     (lambda: dense.make_cache(2, 9).select(torch.tensor(1)), "rows must be integers (new batch size,), got"),
+    (lambda: dense.make_cache(2).crop(-1), "lengths must be 0 or above and integers, got -1"),
+    (lambda: dense.make_cache(2).crop(torch.tensor([3])), "lengths must be integers of shape (2,), got torch"),
+    (lambda: model(block_size=[4, None]).make_cache(2).crop(3), "block_size must be None to crop a cache: blocks ov"),
     (lambda: dense(h, cache=dense.make_cache(2, 9)[0]), "cache must be one of make_cache, got LayerCache"),
     (lambda: with_cache(dense, blockwise), "'block_size': None, 'part_size': 16}, got one for"),
     (lambda: with_cache(dense, batch_size=3), "cache must be made for {'batch_size': 2, "),
@@ -79,6 +82,10 @@ CASES = [
     (lambda: with_cache(dense, lengths=torch.tensor([5, 6])), "lengths must be between 0 and seq_len=5, got [5, 6]"),
     (lambda: with_cache(dense, document_ids=words), "document_ids must be None with a cache"),
     (lambda: dense(h, document_ids=words[:, :4]), "document_ids must be integers of shape (2, 5), got torch.int64"),
+    (lambda: dense(h, key_padding_mask=words[:, :4] == 0), "key_padding_mask must be bool of shape (2, 5), True for"),
+    (lambda: language(words, key_padding_mask=words), "True for padding, got torch.int64 (2, 5)"),
+    (lambda: dense(h, key_padding_mask=[0]), "True for padding, got [0]"),  # type: ignore[arg-type]
+    (lambda: with_cache(dense, lengths=words[:, 0], key_padding_mask=words == 0), "lengths must be None with key"),
     (lambda: dense(h, lengths=torch.tensor([5, 5])), "lengths must be None without a cache"),
     # The model
     (lambda: model(block_size=[4]), "block_size must be one for all layers or a list of 2, got a list of 1"),

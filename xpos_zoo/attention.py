@@ -17,7 +17,7 @@ from xpos_zoo.bias import DistanceBias, QueryScaling
 from xpos_zoo.cache import KeyValueCache, LayerCache, weight_of
 from xpos_zoo.checks import as_integer, require_integers, require_sizes
 from xpos_zoo.context_parallel import block_before, joined
-from xpos_zoo.plan import Pattern, Plan, Tokens, make_plan
+from xpos_zoo.plan import Padding, Pattern, Plan, Tokens, make_plan
 from xpos_zoo.rotary import PositionModule
 from xpos_zoo.xpos import XPOS
 
@@ -137,6 +137,7 @@ class MultiHeadAttention(nn.Module):
         cache: KeyValueCache | LayerCache | None = None,
         lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
         plan: Plan | None = None,
     ) -> Tensor:
         """Attend causally within x (b, n, embed_dim); gives the same shape.
@@ -150,8 +151,11 @@ class MultiHeadAttention(nn.Module):
                 causal attention never looks at padding on the right.)
             document_ids: without a cache, which document each token belongs to, (b, n), integers: attention stays
                 within documents. Blocks are counted from the start of the row.
-            plan: of a model, which has checked its arguments and holds lengths and document_ids; the cache is then this
-                layer's part of the model's, and the model advances it.
+            key_padding_mask: in place of lengths, with a cache or without: which tokens are padding, anywhere in a row,
+                (b, n), bool, True where `nn.MultiheadAttention` has it. Those of a row attend, and are cached, as if
+                they stood alone, blocks counted from the first; outputs at padding are 0.
+            plan: of a model, which has checked its arguments and holds what they say of the tokens; the cache is then
+                this layer's part of the model's, and the model advances it.
 
         ValueError if an argument has another shape, a dtype that the weights or the cache do not fit, or does not go
         with another, or the cache is full (in a compiled graph a RuntimeError, on CUDA a failed assertion of the
@@ -169,12 +173,14 @@ class MultiHeadAttention(nn.Module):
             if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
                 raise ValueError(f"x must have the weights' dtype {dtype}, or run under autocast, got {x.dtype}")
             with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-                (plan,) = plan_layers([self], x, cache, lengths, document_ids)
+                (plan,) = plan_layers([self], x, cache, lengths, document_ids, key_padding_mask)
                 output = self.forward(x, None if cache is None else cache[0], plan=plan)
                 if cache is not None:
-                    cache.advance(x.shape[1], lengths)
+                    cache.advance()
             return output
         assert not isinstance(cache, KeyValueCache)
+        if plan.padding is not None:
+            x = plan.padding.moved(x)
         k = rearrange(self.k_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
         v = rearrange(self.v_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
         # On its way while queries are projected.
@@ -188,21 +194,40 @@ class MultiHeadAttention(nn.Module):
         if cache is not None and k.dtype != cache.k.dtype:
             raise ValueError(f"cache must hold the block's dtype {k.dtype}, got {cache.k.dtype}")
         attended = attend(q, k, v, plan, pattern, cache, self.dropout if self.training else 0.0)
-        return self.out_proj(rearrange(attended, "b n h d -> b n (h d)"))
+        output = self.out_proj(rearrange(attended, "b n h d -> b n (h d)"))
+        return output if plan.padding is None else plan.padding.returned(output)
 
 
 def plan_layers(
-    layers: list[MultiHeadAttention], x: Tensor, cache: KeyValueCache | None, lengths: Tensor | None, ids: Tensor | None
+    layers: list[MultiHeadAttention],
+    x: Tensor,
+    cache: KeyValueCache | None = None,
+    lengths: Tensor | None = None,
+    ids: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> list[Plan]:
     """A plan for each layer, one for those that attend alike; checks arguments as `MultiHeadAttention.forward` says."""
     b, n, _ = x.shape
+    padding = None
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise ValueError(f"key_padding_mask must be bool of shape {(b, n)}, True for padding, got {got}")
+        if lengths is not None:
+            raise ValueError("lengths must be None with key_padding_mask, which says more")
+        order = mask.to(torch.int8).argsort(dim=1, stable=True)
+        padding = Padding(*(t[..., None] for t in (mask, order, order.argsort(dim=1))))
+        lengths = None if cache is None else (~mask).sum(dim=1)
     if ids is not None:
         require_integers("document_ids", ids, x.shape[:2])
         if cache is not None:
             raise ValueError("document_ids must be None with a cache: each row of a cache is one document")
         if any(layer.query_scaling is not None for layer in layers):
             raise ValueError("document_ids must be None with query_scaling, which counts the keys of a whole row")
+        ids = ids if padding is None else ids.gather(1, padding.order[..., 0])
     for w in (layer.block_size for layer in layers if layer.cp_mesh is not None):
+        if padding is not None:
+            raise ValueError("key_padding_mask must be None with cp_mesh: tokens do not move to other ranks")
         if cache is not None:
             raise ValueError("cache must be None with cp_mesh: set that to None to decode")
         if w is None:
@@ -217,9 +242,9 @@ def plan_layers(
             raise ValueError(f"cache must have {len(layers)} layers, got {len(cache.layers)}")
         for i, layer in enumerate(layers):
             cache[i].check(layer, b)
-        tokens = Tokens(b, n, dtype, x.device, cache.length, lengths, cache.admit(n, lengths))
+        tokens = Tokens(b, n, dtype, x.device, cache.length, lengths, cache.admit(n, lengths), padding=padding)
     elif lengths is None:
-        tokens = Tokens(b, n, dtype, x.device, document_ids=ids)
+        tokens = Tokens(b, n, dtype, x.device, document_ids=ids, padding=padding)
     else:
         raise ValueError("lengths must be None without a cache: causal attention never sees right padding")
     plans: dict[Any, Plan] = {}

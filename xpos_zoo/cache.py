@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from xpos_zoo.checks import as_integer, require_integers
 from xpos_zoo.rotary import PositionModule
+
+FIRST_ROOM = 256  # tokens, of a cache that grows
 
 
 def part_size(positions: PositionModule, block_size: int | None = None, most: int = sys.maxsize) -> int:
@@ -81,13 +84,11 @@ class LayerCache(nn.Module):
         self,
         attention: Any,
         batch_size: int,
-        max_length: int | None,
+        max_length: int,
         dtype: torch.dtype | None,
         device: torch.device | None,
     ):
         super().__init__()
-        if max_length is None and attention.block_size is None:
-            raise ValueError("max_length must be given for dense attention, whose cache grows with every token")
         weight = weight_of(attention.k_proj)
         if weight is None:
             weight = torch.empty(0, device=attention.positions.increments.device)
@@ -97,15 +98,28 @@ class LayerCache(nn.Module):
         assert dtype is not None
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point one, got {dtype}")
-        self.layout = layout(attention, max_length or sys.maxsize)
+        self.layout, self.most_in_part = layout(attention, max_length), part_size(attention.positions)
         self.block_size: int | None = attention.block_size
-        self.part_size: int = self.layout["part_size"]  # type: ignore[assignment]
-        whole = -(-(max_length or 0) // self.part_size) * self.part_size
-        self.slots = whole if self.block_size is None else 2 * self.block_size
+        shape = batch_size, attention.num_kv_heads, 2 * (self.block_size or 0), attention.head_dim
         for name in ("k", "v"):  # zeros, for a hidden value times its weight 0 must be 0
-            shape = batch_size, attention.num_kv_heads, self.slots, attention.head_dim
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+        self.grow(max_length)
         self.pending: tuple[Slots, Tensor, Tensor] | None = None
+
+    @property
+    def part_size(self) -> int:
+        return self.layout["part_size"]  # type: ignore[return-value]
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[2]
+
+    def grow(self, max_length: int) -> None:
+        """Give dense attention slots for max_length tokens. Old keys stay: parts were as large, or there was one."""
+        if self.block_size is None:
+            self.layout = self.layout | {"part_size": min(self.most_in_part, max_length)}
+            more = -(-max_length // self.part_size) * self.part_size - self.slots
+            self.k, self.v = (pad(t, (0, 0, 0, more)) for t in (self.k, self.v))
 
     def get_extra_state(self) -> dict[str, Any]:
         return self.layout
@@ -154,11 +168,11 @@ class KeyValueCache(nn.Module):
     Args:
         attentions: the attention of each layer.
         batch_size: rows.
-        max_length: tokens a row that dense attention has room for. Blockwise attention needs none: it keeps two blocks.
+        max_length: tokens a row that dense attention has room for; None for as many as come: a full cache becomes twice
+            as large, though not in a compiled graph. Blockwise attention needs none: it keeps two blocks.
         dtype, device: by default those of the weights; under autocast its dtype, for quantised weights torch's default.
 
-    `length` counts the tokens seen, (b,), int64. ValueError if a size is not positive, or max_length is missing for
-    dense attention.
+    `length` counts the tokens seen, (b,), int64. ValueError if a size is not positive.
     """
 
     length: Tensor
@@ -176,9 +190,11 @@ class KeyValueCache(nn.Module):
         batch_size = as_integer("batch_size", batch_size, 0, "0 or above and an integer")
         if max_length is not None:
             max_length = as_integer("max_length", max_length)
+        self.grows, max_length = max_length is None, max_length or FIRST_ROOM
         layers = [LayerCache(attention, batch_size, max_length, dtype, device) for attention in attentions]
         self.layers = nn.ModuleList(layers)
         self.max_length = max_length if any(layer.block_size is None for layer in layers) else None
+        self.coming: Tensor | int = 0
         self.register_buffer("length", torch.zeros(batch_size, dtype=torch.int64, device=layers[0].k.device))
 
     def __getitem__(self, i: int) -> LayerCache:
@@ -199,6 +215,19 @@ class KeyValueCache(nn.Module):
         # As a deep copy, but of each buffer those rows.
         return copy.deepcopy(self, {id(buffer): buffer[rows] for buffer in self.buffers()})
 
+    def crop(self, lengths: int | Tensor) -> None:
+        """Keep at most so many tokens of each row, the first ones: an integer, or one for each row, (b,).
+
+        ValueError if a layer is blockwise, whose later tokens have overwritten what it would go back to.
+        """
+        if any(layer.block_size is not None for layer in self.layers):
+            raise ValueError("block_size must be None to crop a cache: blocks overwrite those before them")
+        if isinstance(lengths, Tensor):
+            require_integers("lengths", lengths, self.length.shape)
+        if not isinstance(lengths, Tensor) or (lengths < 0).any():
+            as_integer("lengths", lengths, 0, "0 or above and integers")
+        self.length.clamp_(max=lengths)
+
     def admit(self, n: int, lengths: Tensor | None) -> int | None:
         """The most tokens that a row has with n more, of which `lengths` (b,) count; None in a graph.
 
@@ -209,7 +238,8 @@ class KeyValueCache(nn.Module):
             layer.pending = None  # type: ignore[assignment]  # of a forward that failed
         if lengths is not None:
             require_integers("lengths", lengths, self.length.shape)
-        total = self.length + (n if lengths is None else lengths)
+        self.coming = n if lengths is None else lengths
+        total = self.length + self.coming
         if torch.compiler.is_compiling():
             # Private: no public assertion becomes a part of the graph.
             if lengths is not None:
@@ -223,15 +253,20 @@ class KeyValueCache(nn.Module):
         most, shortest, longest = torch.stack((total.max(), counts.min(), counts.max())).tolist()
         if shortest < 0 or longest > n:
             raise ValueError(f"lengths must be between 0 and seq_len={n}, got {counts.tolist()}")
-        if self.max_length is not None and most > self.max_length:
+        if self.max_length is not None and most > self.max_length and self.grows:
+            self.max_length = max(most, 2 * self.max_length)
+            for layer in self.layers:
+                layer.grow(self.max_length)  # type: ignore[operator]
+        elif self.max_length is not None and most > self.max_length:
             raise ValueError(
                 f"cache must have room for {n} more tokens, got max_length={self.max_length}, of which "
                 f"{int(self.length.max())} are taken"
             )
         return most
 
-    def advance(self, n: int, lengths: Tensor | None) -> None:
-        """Count the tokens of a forward that is done."""
+    def advance(self) -> None:
+        """Count the tokens that were admitted, of a forward that is done."""
         for layer in self.layers:
             layer.commit()  # type: ignore[operator]
-        self.length += n if lengths is None else lengths
+        self.length += self.coming
+        self.coming = 0

@@ -77,6 +77,28 @@ class Pattern:
         return isinstance(self.distance_bias, nn.Module) or any(True for _ in self.positions.parameters())
 
 
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """Tokens that do not count, anywhere in a row: while a layer attends, they stand behind the others.
+
+    Attributes:
+        mask: where they are, (b, n, 1).
+        order, back: which token comes to each place, and the inverse, (b, n, 1).
+    """
+
+    mask: Tensor
+    order: Tensor
+    back: Tensor
+
+    def moved(self, x: Tensor) -> Tensor:
+        """x (b, n, c) with padding, zeroed for it may hold anything, at the end."""
+        return x.masked_fill(self.mask, 0).take_along_dim(self.order, 1)
+
+    def returned(self, x: Tensor) -> Tensor:
+        """The inverse of `moved`, with zeros for padding."""
+        return x.take_along_dim(self.back, 1).masked_fill(self.mask, 0)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """The tokens of a forward: b rows of n.
@@ -86,6 +108,7 @@ class Tokens:
         count: how many of the n count, (b,), the others being padding; None for all.
         most: the most tokens that a row has with these; None if that is not known before the graph runs.
         document_ids: (b, n) or None; if the pattern is preceded, of that block, too.
+        padding: None if all tokens count, or the first `count` of each row.
     """
 
     b: int
@@ -96,6 +119,7 @@ class Tokens:
     count: Tensor | None = None
     most: int | None = None
     document_ids: Tensor | None = None
+    padding: Padding | None = None
 
     @property
     def first(self) -> Tensor | int:
@@ -210,10 +234,11 @@ class Plan:
         part: keys that share an origin.
         slots: of a cache.
 
-    `key` is the pattern's `plan_key`.
+    `key` is the pattern's `plan_key`, `padding` that of the tokens.
     """
 
     key: tuple[Any, ...]
+    padding: Padding | None
 
     def __init__(
         self,
@@ -237,7 +262,7 @@ def make_plan(pattern: Pattern, tokens: Tokens, cache: LayerCache | None = None)
         plan = plan_blocks(pattern, tokens, w, cache)
     else:  # in up to two blocks, every query sees all before it
         plan = plan_sequence(pattern, tokens, cache)
-    plan.key = pattern.plan_key(tokens.dtype)
+    plan.key, plan.padding = pattern.plan_key(tokens.dtype), tokens.padding
     return plan
 
 

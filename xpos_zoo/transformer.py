@@ -225,23 +225,23 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Next-token logits (b, n, vocab_size) for tokens (b, n), int64 or int32.
 
-        cache, lengths, document_ids and errors are those of `MultiHeadAttention.forward`.
+        cache, lengths, document_ids, key_padding_mask and errors are those of `MultiHeadAttention.forward`; logits at
+        padding mean nothing.
         """
+        check_tokens(tokens)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            logits = self.head(self._features(tokens, cache, lengths, document_ids))
+            logits = self.head(self._features(self.embedding(tokens), cache, lengths, document_ids, key_padding_mask))
             if cache is not None:
-                cache.advance(tokens.shape[1], lengths)
+                cache.advance()
         return logits
 
-    def _features(
-        self, tokens: Tensor, cache: KeyValueCache | None, lengths: Tensor | None, document_ids: Tensor | None = None
-    ) -> Tensor:
-        check_tokens(tokens)
-        x = self.embedding(tokens)
-        plans = plan_layers(self.attentions, x, cache, lengths, document_ids)
+    def _features(self, x: Tensor, cache: KeyValueCache | None, *others: Tensor | None) -> Tensor:
+        """What the head is given, (b, n, embed_dim), for embedded tokens x (b, n, embed_dim); others as `forward`."""
+        plans = plan_layers(self.attentions, x, cache, *others)
         for i, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
                 x = checkpoint(layer, x, plan, use_reentrant=False)
@@ -308,8 +308,8 @@ class Transformer(nn.Module):
         @torch.no_grad()
         def steps() -> Iterator[Tensor]:  # apart, so that errors are raised before the first step
             cache = self.make_cache(len(tokens), n + max_new_tokens)
-            features = self._features(tokens, cache, lengths)
-            cache.advance(n, lengths)
+            features = self._features(self.embedding(tokens), cache, lengths)
+            cache.advance()
             rows = torch.arange(len(tokens), device=tokens.device)
             logits = self.head(features[rows, -1 if lengths is None else lengths - 1])
             ended = torch.zeros_like(rows, dtype=torch.bool)
