@@ -234,10 +234,17 @@ class Transformer(nn.Module):
                 cache.advance()
         return logits
 
-    def _features(self, x: Tensor, cache: KeyValueCache | None, *others: Tensor | None) -> Tensor:
-        """What the head is given, (b, n, embed_dim), for embedded tokens x (b, n, embed_dim); others as `forward`."""
+    def _features(
+        self, x: Tensor, cache: KeyValueCache | None, *others: Tensor | None, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """What the head is given, (b, n, embed_dim), for embedded tokens x (b, n, embed_dim); others as `forward`.
+
+        What each layer is given is appended to `states`.
+        """
         plans = plan_layers(self.attentions, x, cache, *others)
         for i, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
+            if states is not None:
+                states.append(x)
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
                 x = checkpoint(layer, x, plan, use_reentrant=False)
             else:
