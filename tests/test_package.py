@@ -62,6 +62,8 @@ def test_importing_the_library_loads_torch_and_einops_alone():
 
 def test_files_import_torch_einops_and_the_standard_library_alone():
     for source in SOURCES:
-        optional = {"safetensors"} if source.stem == "pretrained" else set()  # loaded by none of the imports above
+        optional = {"pretrained": {"safetensors"}, "hf": {"transformers"}}.get(
+            source.stem, set()
+        )  # loaded by none above
         packages = set(re.findall(r"^ *(?:from|import) (\w+)", source.read_text(), re.MULTILINE))
         assert packages <= {"xpos_zoo", "torch", "einops"} | sys.stdlib_module_names | optional, source

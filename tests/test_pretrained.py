@@ -68,7 +68,7 @@ def test_the_configuration_is_plain_and_complete(tmp_path):
     positions = {"name": "XPOS", "scale_base": 64, "base": 10000.0, "max_wavelength": None, "interleaved": True}
     sizes = SIZES | {"hidden_dim": 64, "num_kv_heads": 2, "head_dim": 8, "block_size": 8, "dropout": 0.0}
     settings = {"positions": positions, "tie_embeddings": True, "query_scaling": None, "distance_bias": None}
-    assert config == {"format": "xpos_zoo.Transformer", "version": 2} | sizes | settings
+    assert config == {"model_type": "xpos_zoo", "version": 3} | sizes | settings
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
@@ -154,9 +154,9 @@ def stored(change):
         (lambda folder: (folder / "model.safetensors").unlink(), "there is no "),
         (cut("config.json"), "config.json: "),
         (cut("model.safetensors"), "model.safetensors: "),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: must be a mapping with format "),
-        (edited(format="gpt2"), "config.json: must be a mapping with format 'xpos_zoo.Transformer'"),
-        (edited(version=3), "config.json: must be a mapping with version 2"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json: must be a mapping with model_type "),
+        (edited(model_type="gpt2"), "config.json: must be a mapping with model_type 'xpos_zoo'"),
+        (edited(version=2), "config.json: must be a mapping with version 3"),
         (edited(head_dim=...), "config.json: lacks 'head_dim'"),
         (edited(head_dimm=3), "config.json: has an unknown 'head_dimm'"),
         (edited(num_kv_heads=3), "config.json: num_kv_heads must divide num_heads=2, got 3"),

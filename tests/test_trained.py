@@ -110,7 +110,7 @@ def exported(run: Path, folder: Path, *args: str) -> Transformer:
 def test_the_exported_model_gives_the_trained_ones_logits_and_takes_its_tokenizer_along(trained, of_words, tmp_path):
     for run in (trained, of_words):
         model = LanguageModel.load_from_checkpoint(run / LAST, weights_only=True).transformer.eval()
-        tokens = TOKENS % model.vocab_size
+        tokens = TOKENS % model.config.vocab_size
         assert torch.equal(exported(run, tmp_path / run.parts[-4])(tokens), model(tokens))
         tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / run.parts[-4] / "tokenizer.json"))
         assert tokenizer.to_str() == read_checkpoint(run)["TextData"]["tokenizer"]

@@ -92,11 +92,11 @@ class Padding:
 
     def moved(self, x: Tensor) -> Tensor:
         """x (b, n, c) with padding, zeroed for it may hold anything, at the end."""
-        return x.masked_fill(self.mask, 0).take_along_dim(self.order, 1)
+        return x.masked_fill(self.mask, 0).gather(1, self.order.expand_as(x))
 
     def returned(self, x: Tensor) -> Tensor:
         """The inverse of `moved`, with zeros for padding."""
-        return x.take_along_dim(self.back, 1).masked_fill(self.mask, 0)
+        return x.gather(1, self.back.expand_as(x)).masked_fill(self.mask, 0)
 
 
 @dataclass(frozen=True)

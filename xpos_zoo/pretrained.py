@@ -22,7 +22,7 @@ from xpos_zoo.rotary import RotaryEmbedding
 from xpos_zoo.xpos import XPOS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-HEADER = {"format": "xpos_zoo.Transformer", "version": 2}
+HEADER = {"model_type": "xpos_zoo", "version": 3}
 # Nothing else is ever made from a configuration: a name in it is looked up here, never imported.
 KNOWN: dict[str, tuple[type, ...]] = {
     "positions": (XPOS, RotaryEmbedding),
@@ -136,6 +136,8 @@ def read_config(file: Path) -> TransformerConfig:
         if not isinstance(values, dict) or values.pop(key, None) != expected:
             raise ValueError(f"must be a mapping with {key} {expected!r}")
     keys = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if "transformers_version" in values:  # it adds keys of its own
+        values = {key: value for key, value in values.items() if key in keys}
     if wrong := sorted(keys ^ values.keys()):
         raise ValueError(f"{'lacks' if wrong[0] in keys else 'has an unknown'} {wrong[0]!r}")
     return TransformerConfig(**values)

@@ -126,7 +126,6 @@ class Transformer(nn.Module):
         require_sizes(vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers)
         hidden_dim = -(-8 * embed_dim // (3 * 32)) * 32 if hidden_dim is None else hidden_dim
         require_sizes(hidden_dim=hidden_dim)
-        self.vocab_size = vocab_size
         self.checkpoint_activations = False
         self.embedding = nn.Embedding(vocab_size, embed_dim)
         options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "dropout": dropout}
@@ -177,7 +176,7 @@ class Transformer(nn.Module):
         for kind in KNOWN:
             values[kind] = one_or_list([to_named(kind, getattr(attention, kind)) for attention in self.attentions])
         return TransformerConfig(
-            vocab_size=self.vocab_size,
+            vocab_size=self.embedding.num_embeddings,
             embed_dim=self.embedding.embedding_dim,
             num_layers=len(self.layers),
             hidden_dim=self.layers[0].feed_forward.gate_proj.out_features,  # type: ignore[union-attr]
@@ -239,10 +238,17 @@ class Transformer(nn.Module):
                 cache.advance()
         return logits
 
-    def _features(self, x: Tensor, cache: KeyValueCache | None, *others: Tensor | None) -> Tensor:
-        """What the head is given, (b, n, embed_dim), for embedded tokens x (b, n, embed_dim); others as `forward`."""
+    def _features(
+        self, x: Tensor, cache: KeyValueCache | None, *others: Tensor | None, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """What the head is given, (b, n, embed_dim), for embedded tokens x (b, n, embed_dim); others as `forward`.
+
+        What each layer is given is appended to `states`.
+        """
         plans = plan_layers(self.attentions, x, cache, *others)
         for i, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
+            if states is not None:
+                states.append(x)
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
                 x = checkpoint(layer, x, plan, use_reentrant=False)
             else:
