@@ -76,11 +76,9 @@ class Study(NamedTuple):
 
     def measurements(self) -> list[Measurement]:
         seeds, first = self.seeds, self.seeds[:1]
-        model = config("cpu")["model"] | config(self.size)["model"]  # every training begins with configs/cpu.yaml
-        length, heads, layers = config(self.size)["data"]["context_length"], model["num_heads"], model["num_layers"]
         task = "recall" if self.size == "cpu" else f"{self.size}_recall"
-        task_length = config(task)["data"]["context_length"]
-        on_text, on_task = (recipes(n, heads) for n in (length, task_length))
+        (length, *sizes), (task_length, *task_sizes) = map(sizes_of, (self.size, task))
+        on_text, on_task = recipes(length, sizes[0]), recipes(task_length, task_sizes[0])
 
         def some(known: dict[str, Options], *names: str) -> dict[str, Options]:
             return {name: known[name] for name in names}
@@ -93,10 +91,10 @@ class Study(NamedTuple):
         scaled = [xpos[0]._replace(encoding=f"scale_base {length // 2}"), *self.trainings(other, first)]
         headline = self.trainings(some(on_text, *HEADLINE), seeds)
         rest = {name: options for name, options in on_text.items() if name not in HEADLINE}
-        more = self.trainings(rest | hybrids(length, heads, layers) | ablations(length), first)
+        more = self.trainings(rest | hybrids(length, *sizes) | ablations(length), first)
         asked = self.trainings(some(on_task, *HEADLINE), seeds, "recall")
         asked_more = {name: options for name, options in on_task.items() if name not in HEADLINE}
-        asked_more |= hybrids(task_length, heads, layers)
+        asked_more |= hybrids(task_length, *task_sizes)
         steps = 2 * (config("cpu") | config(task))["trainer"]["max_steps"]
         longer = {f"{PARTIAL}, {steps} steps": {**on_task[PARTIAL], "trainer.max_steps": steps}}
 
@@ -120,6 +118,12 @@ class Study(NamedTuple):
             Measurement("recipes_loss", more, [dense], measure_loss),
             Measurement("recipes_recall", self.trainings(asked_more, first, "recall"), [dense], far),
         ]
+
+
+def sizes_of(name: str) -> tuple[int, int, int]:
+    """The context length, number of heads and of layers of a configuration; each begins with configs/cpu.yaml."""
+    model = config("cpu")["model"] | config(name)["model"]
+    return config(name)["data"]["context_length"], model["num_heads"], model["num_layers"]
 
 
 def config(name: str) -> dict[str, Any]:

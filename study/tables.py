@@ -41,7 +41,12 @@ def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable
     def some(results: Results) -> str:
         frame = results.tables[name]
         shown = frame[frame["encoding"].map(kind_of) == kind]
+        if kind == "headline":  # of seeds that all have
+            counts = shown.groupby("seed")["encoding"].nunique()
+            shown = shown[shown["seed"].map(counts) == counts.max()]
         shown = shown[shown["context" if "context" in shown else "distance"] >= results.length]
+        if shown.empty:
+            return "not measured yet"
         label = shown["distractors"] + " distractors" if "distractors" in shown else ""
         return make(replace(results, tables={name: shown.assign(label=label)}))
 
@@ -122,7 +127,8 @@ def filled(text: str, folder: Path = RESULTS) -> str:
     def replacement(match: re.Match[str]) -> str:
         name, make = TABLES[match[1]]
         path = folder / f"{name}.json"
-        return f"{match[1]} -->\n{make(results_of(*read_cells(path)))}\n" if path.exists() else match[0]
+        made = make(results_of(*read_cells(path))) if path.exists() else "not measured yet"
+        return f"{match[1]} -->\n{made}\n"
 
     return MARKED.sub(replacement, text)
 

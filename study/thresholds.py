@@ -1,5 +1,6 @@
 """The thresholds of the extrapolation measure, fixed before any run: what is claimed, and whether it held."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -163,7 +164,7 @@ def recall_verdicts(results: Results) -> list[str]:
     (recipe,) = {name for name in right["encoding"] if name.startswith(PARTIAL)}
     for multiple, least in RECALLED.items():
         at = right.query(f"encoding == '{recipe}' and distance == {multiple * results.length}")
-        worst = min(100 * at["right"] / at["asked"], default=0)
+        worst = min(100 * at["right"] / at["asked"], default=math.nan)
         told = f"recall, {recipe} at {multiple} L at least {least} % in the worst of {len(at)} seeds: {worst:.1f} %"
-        found.append(f"{'met' if worst >= least else 'MISSED'}: {told}")
+        found.append(f"{'not measured' if at.empty else 'met' if worst >= least else 'MISSED'}: {told}")
     return found

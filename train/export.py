@@ -40,6 +40,7 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
     if tokenizer is not None:
         with replacing(tokens) as draft:
             draft.write_text(tokenizer, encoding="utf-8")
+    content["hyper_parameters"]["block_size"] = model.block_size
     write_trained(Path(output), content)
     print(f"{output}: a {trained} model of {sum(p.numel() for p in model.parameters()):,} weights from {path}")
 

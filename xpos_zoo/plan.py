@@ -185,7 +185,7 @@ class Window:
         def modified(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             q, k = (at[index] if at.ndim == 1 else at[b, index] for at, index in ((q_at, i), (k_at, j)))
             ids = None if q_ids is None or k_ids is None else (q_ids[b, i], k_ids[b, j])
-            t = (q - k).clamp(min=0)
+            t = (q - k).clamp(0, bias.shape[-1] - 1)  # padding may stand farther than any key
             score = score if gain is None else score * gain[h % len(gain), t]
             return torch.where(one_sees(q, k, pattern.block_size, ids), score + bias[h % len(bias), t], -torch.inf)
 
@@ -203,7 +203,7 @@ class Window:
         return replace(self, mask=mask, gain=gain)
 
     def with_tables(self, pattern: Pattern) -> "Window":
-        distance = torch.arange(self.k_at.shape[-1], device=self.k_at.device)  # none is farther than keys are many
+        distance = torch.arange(self.k_at.shape[-1], device=self.k_at.device)  # none that counts is farther
         bias, gain = logits_at(distance[None, None, None], pattern)
         return replace(self, tables=(bias[0, :, 0], None if gain is None else gain[0, :, 0]))
 
@@ -270,8 +270,11 @@ def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) ->
     """Queries on all keys before them: those that come with them, or a cache's."""
     n, positions, ids, q_at = tokens.n, pattern.positions, tokens.document_ids, tokens.positions
     masked = bool(pattern.biases) or ids is not None or cache is not None
-    split = not torch.compiler.is_compiling() and n > QUERY_CHUNK and any(hasattr(b, "gain") for b in pattern.biases)
-    limit = GAINED_CHUNK if split else QUERY_CHUNK  # a graph would hold every chunk
+    plain = (
+        n > QUERY_CHUNK and not torch.compiler.is_compiling() and not flexible(pattern, n, tokens.device, tokens.dtype)
+    )
+    gained = plain and any(hasattr(bias, "gain") for bias in pattern.biases)
+    limit = GAINED_CHUNK if gained else QUERY_CHUNK  # a graph would hold every chunk
     if cache is None:
         k_at, p = q_at, part_size(positions)
     else:
