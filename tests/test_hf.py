@@ -5,6 +5,7 @@ Axes: b batch, n sequence.
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from reference import relative_error, roundoff, tokens
 
+from train.export import export
 from train.tokens import byte_tokenizer
 from xpos_zoo import XPOS, RotaryEmbedding, ScaleInvariant, SoftTail, Transformer
 
@@ -59,7 +61,7 @@ def test_a_folder_goes_both_ways_bit_for_bit(options, dtype, tmp_path):
     ours, words = written(tmp_path / "first", **options).to(dtype), tokens(2, 30)
     ours.distance_bias = ScaleInvariant(5.0)
     ours.save_pretrained(tmp_path / "first", overwrite=True)
-    theirs, found = AutoModelForCausalLM.from_pretrained(tmp_path / "first", output_loading_info=True)
+    theirs, found = AutoModelForCausalLM.from_pretrained(tmp_path / "first", output_loading_info=True)  # type: ignore[misc]
     assert not any(found.values())
     assert theirs.dtype == dtype
     assert torch.equal(theirs(words).logits, ours(words))
@@ -74,7 +76,7 @@ def test_a_folder_goes_both_ways_bit_for_bit(options, dtype, tmp_path):
 
 
 def test_a_fresh_model_begins_as_ours_does():
-    values = {"vocab_size": 50, "embed_dim": 32, "num_layers": 2, "num_heads": 4}
+    values: dict[str, Any] = {"vocab_size": 50, "embed_dim": 32, "num_layers": 2, "num_heads": 4}
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(XposConfig(**values))
     torch.manual_seed(0)
@@ -154,6 +156,16 @@ def test_a_pipeline_reads_and_writes_bytes(both, tmp_path):
     (answer,) = write("the ", max_new_tokens=20, return_full_text=False, **GREEDY)
     expected = ours.generate(torch.tensor([list(b"the ")]), 20, temperature=0)[0, 4:]
     assert answer["generated_text"] == tokenizer.decode(expected)
+
+
+def test_an_exported_run_is_loaded_with_its_tokenizer(trained, tmp_path):
+    export(str(trained), str(tmp_path / "exported"))
+    ours = Transformer.from_pretrained(tmp_path / "exported")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    words = tokenizer("to be or not", return_tensors="pt").input_ids
+    assert words.tolist() == [list(b"to be or not")]
+    assert torch.equal(theirs(words).logits, ours(words))
 
 
 def test_checkpointed_gradients_are_the_same_and_keep_less(both):
@@ -260,3 +272,34 @@ def test_ours_refuses_the_folder_of_another_model(tmp_path):
     GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"config\.json: must be a mapping with model_type 'xpos_zoo'"):
         Transformer.from_pretrained(tmp_path)
+
+
+def test_the_pages_examples_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "huggingface.md").read_text()
+    first, *rest = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(first, names)
+    byte_tokenizer().save("my_model/tokenizer.json")
+    for example in rest:
+        exec(example, names)
+    assert names["tokens"].shape == (1, 24)
+    assert names["text"][0]["generated_text"].startswith("def ")
+    assert Transformer.from_pretrained("my_blockwise_model").block_size == 32
+
+
+@pytest.mark.soak
+def test_lm_eval_measures_our_bits_a_byte(both, tmp_path):
+    """In windows of 64 bytes, of which the last begins early enough to be as long."""
+    models, api = (pytest.importorskip(f"lm_eval.{name}") for name in ("models.huggingface", "api.instance"))
+    ours, _ = both
+    text = bytes(range(32, 127)).decode() * 7
+    folder, data, n = str(tmp_path / "model"), torch.tensor(list(text.encode())), 64
+    lm = models.HFLM(folder, tokenizer=folder, device="cpu", max_length=n, prefix_token_id=0, batch_size=4)
+    (theirs,) = lm.loglikelihood_rolling([api.Instance("loglikelihood_rolling", {}, (text,), 0)])
+    read, expected = torch.cat((torch.zeros(1, dtype=torch.int64), data)), 0.0
+    for start in range(0, len(data), n):
+        end = min(start + n, len(data))
+        logits = ours(read[None, end - n : end])[0, start - end :]
+        expected -= torch.nn.functional.cross_entropy(logits, data[start:end], reduction="sum").item()
+    assert theirs == pytest.approx(expected, rel=1e-6)
