@@ -1,4 +1,6 @@
 PYTHON ?= python3
+# Or another: `make clean test TORCH=2.11.0`.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -7,7 +9,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed  ## train both encodings, evaluate them, draw the plot
 	$(BIN)/python -m study.demo
 
-study: $(VENV)/installed  ## all that docs/extrapolation.md reports: more than an hour
+study: $(VENV)/installed  ## all that docs/extrapolation.md reports and study/results lacks: hours from nothing
 	$(BIN)/python -m study $(STUDY)
 
 test: lint  ## linters, type checker, all tests
@@ -23,7 +25,8 @@ lint: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[study,test]"
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[study,test]"
 	touch $@
 
 clean:  ## the environment and caches; never a run

@@ -1,9 +1,9 @@
 """`python -m benchmarks.gpu --minutes 9`: all that waits for a GPU, most valuable first; called again, it goes on.
 
 Each part is a process of its own with a bound on its time. How it ended is kept in results/gpu.json as it comes, and
-what it measured beside it: a part that is done is not run again, one that failed stops no other and is tried again
-when all others are done, one that was cut short goes on at the next call. At the end docs/performance.md gets the
-tables, and a table of parts is printed. `--toy` runs all on a CPU, in sizes that mean nothing.
+what it measured beside it: a part that is done is not run again; one that failed or was cut short stops no other, and
+is tried again after those that were not (the study then goes on, others begin anew). At the end docs/performance.md
+gets the tables, and a table of parts is printed. `--toy` runs all on a CPU, in sizes that mean nothing.
 """
 
 import argparse
@@ -72,7 +72,7 @@ PARTS = {
         8,
         "benchmarks.rotary",
         "--device cuda --seconds 0.2 --dtypes float32 --lengths 4096 16384",
-        "--seconds 0 --dtypes float32 --lengths 8",
+        "--help",
     ),
     "study": Part(60, "study", STUDY.format("gpu"), "--help"),
 }
@@ -103,7 +103,7 @@ def run_all(parts: dict[str, Part], minutes: float, toy: bool, results: Path) ->
     results.mkdir(parents=True, exist_ok=True)
     ended: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     waiting = [name for name in parts if ended.get(name, {}).get("how") != "done"]
-    for name in sorted(waiting, key=lambda name: ended.get(name, {}).get("how", "").startswith("failed")):
+    for name in sorted(waiting, key=lambda name: name in ended and parts[name].module != "study"):
         if (left := end - time.monotonic()) <= 0:
             break
         ended[name] = run(name, parts[name], min(60 * parts[name].minutes, left), toy, results)
@@ -128,11 +128,12 @@ def main() -> None:
     parser.add_argument("--minutes", default=9.0, type=float, help="for this call")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), help="some of the parts")
     parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--results", default=RESULTS, type=Path)
+    parser.add_argument("--results", type=Path, help="by default benchmarks/results, or runs/gpu-toy")
     options = parser.parse_args()
     parts = {name: part for name, part in PARTS.items() if not options.only or name in options.only}
-    rows = run_all(parts, options.minutes, options.toy, options.results.resolve())
-    if options.results == RESULTS:
+    results = options.results or (ROOT / "runs" / "gpu-toy" if options.toy else RESULTS)
+    rows = run_all(parts, options.minutes, options.toy, results.resolve())
+    if results == RESULTS:
         document = ROOT / "docs" / "performance.md"
         document.write_text(filled(document.read_text()))
     print("\n" + table(rows))

@@ -19,7 +19,7 @@ from study import recall
 from study.context_use import MODES, measure_context_use
 from study.encodings import rescaled_modes
 from study.recall import DISTRACTORS, measure_recall
-from study.recipes import HEADLINE, Options, ablations, hybrids, recipes
+from study.recipes import HEADLINE, PARTIAL, Options, ablations, hybrids, recipes
 from study.tables import RESULTS, write_document
 from train.__main__ import main as train
 from train.errors import UserError, command
@@ -67,7 +67,8 @@ class Study(NamedTuple):
             name = re.sub(r"\W+", "_", encoding).strip("_").lower()
             arguments = ["fit", "--config", f"configs/{size}.yaml", "--name", name, "--seed_everything", str(seed)]
             arguments += ["--runs", str(runs), "--trainer.devices=1"]
-            arguments += [f"--model.{key}={json.dumps(value)}" for key, value in options.items()]
+            named = {key if "." in key else f"model.{key}": json.dumps(value) for key, value in options.items()}
+            arguments += [f"--{key}={value}" for key, value in named.items()]
             arguments += [] if task or self.paths is None else ["--data.paths", json.dumps(self.paths)]
             folder, option = runs / name / f"seed{seed}", "couples" if task else "paths"
             found.append(Training(encoding, seed, folder, partial(fit, arguments), option))
@@ -75,11 +76,9 @@ class Study(NamedTuple):
 
     def measurements(self) -> list[Measurement]:
         seeds, first = self.seeds, self.seeds[:1]
-        model = config("cpu")["model"] | config(self.size)["model"]  # every training begins with configs/cpu.yaml
-        length, heads, layers = config(self.size)["data"]["context_length"], model["num_heads"], model["num_layers"]
         task = "recall" if self.size == "cpu" else f"{self.size}_recall"
-        task_length = config(task)["data"]["context_length"]
-        on_text, on_task = (recipes(n, heads) for n in (length, task_length))
+        (length, *sizes), (task_length, *task_sizes) = map(sizes_of, (self.size, task))
+        on_text, on_task = recipes(length, sizes[0]), recipes(task_length, task_sizes[0])
 
         def some(known: dict[str, Options], *names: str) -> dict[str, Options]:
             return {name: known[name] for name in names}
@@ -92,10 +91,12 @@ class Study(NamedTuple):
         scaled = [xpos[0]._replace(encoding=f"scale_base {length // 2}"), *self.trainings(other, first)]
         headline = self.trainings(some(on_text, *HEADLINE), seeds)
         rest = {name: options for name, options in on_text.items() if name not in HEADLINE}
-        more = self.trainings(rest | hybrids(length, heads, layers) | ablations(length), first)
+        more = self.trainings(rest | hybrids(length, *sizes) | ablations(length), first)
         asked = self.trainings(some(on_task, *HEADLINE), seeds, "recall")
         asked_more = {name: options for name, options in on_task.items() if name not in HEADLINE}
-        asked_more |= hybrids(task_length, heads, layers)
+        asked_more |= hybrids(task_length, *task_sizes)
+        steps = 2 * (config("cpu") | config(task))["trainer"]["max_steps"]
+        longer = {f"{PARTIAL}, {steps} steps": {**on_task[PARTIAL], "trainer.max_steps": steps}}
 
         dense, _, _, bca, *_ = modes = standard_modes(length)
         soft = [standard_modes(length, log_n=c)[1] for c in LOG_N] + [standard_modes(length, tail=p)[2] for p in TAILS]
@@ -112,10 +113,17 @@ class Study(NamedTuple):
             Measurement("recall", recalls, standard_modes(task_length), measure_recall),
             Measurement("recipes_loss", headline, [dense], measure_loss),
             Measurement("recipes_recall", asked, [dense], far),
+            Measurement("longer_recall", self.trainings(longer, seeds, "recall"), [dense], far),
             Measurement("recipes_use", headline, [dense], measure_context_use),
             Measurement("recipes_loss", more, [dense], measure_loss),
             Measurement("recipes_recall", self.trainings(asked_more, first, "recall"), [dense], far),
         ]
+
+
+def sizes_of(name: str) -> tuple[int, int, int]:
+    """The context length, number of heads and of layers of a configuration; each begins with configs/cpu.yaml."""
+    model = config("cpu")["model"] | config(name)["model"]
+    return config(name)["data"]["context_length"], model["num_heads"], model["num_layers"]
 
 
 def config(name: str) -> dict[str, Any]:

@@ -137,13 +137,15 @@ def attention_shares(model: Transformer, tokens: Tensor, queries: int) -> pd.Dat
     """
     parts = []
     for layer, (attention, x) in enumerate(attention_inputs(model, tokens)):
+        found = []
         for logits, distance in logits_in_chunks(attention, x, queries):
             octave = torch.where(distance > 0, distance.clamp(min=1).log2().floor() + 1, 0).long()
-            shares = logits.new_zeros(*logits.shape[:3], 1 + x.shape[1].bit_length())
-            shares.scatter_add_(-1, octave.clamp(min=0).expand(logits.shape), logits.softmax(-1))
-            for head, share in enumerate(shares.mean((0, 2)).tolist()):
-                at = [0, *(2**k for k in range(len(share) - 1))]
-                parts.append(pd.DataFrame({"layer": layer, "head": head, "distance": at, "share": share}))
+            shares = logits.new_zeros(*logits.shape[:3], 1 + (x.shape[1] - 1).bit_length())
+            shares.scatter_add_(-1, octave.expand(logits.shape), logits.softmax(-1))
+            found.append(shares)
+        for head, share in enumerate(torch.cat(found, 2).mean((0, 2)).tolist()):
+            at = [0, *(2**k for k in range(len(share) - 1))]
+            parts.append(pd.DataFrame({"layer": layer, "head": head, "distance": at, "share": share}))
     return pd.concat(parts)
 
 

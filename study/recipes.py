@@ -34,8 +34,15 @@ def recipes(length: int, num_heads: int) -> dict[str, Options]:
 
 
 def hybrids(length: int, num_heads: int, num_layers: int) -> dict[str, Options]:
-    """Local layers of xPos, blockwise, below one global layer of another recipe."""
-    known, below, found = recipes(length, num_heads), num_layers - 1, {}
+    """Layers that differ: local ones of xPos, blockwise, below one global layer; and all pairs below partial xPos."""
+    known, below = recipes(length, num_heads), num_layers - 1
+    pairs = [module("XPOS")] * below + [known[PARTIAL]["positions"]]
+    found = {
+        f"partial xPos in the last of {num_layers} layers, xPos below, ScaleInvariant": {
+            **known[PARTIAL],
+            "positions": pairs,
+        }
+    }
     for size, name in product((length // 8, length // 4), ("no positions, ScalableSoftmax", PARTIAL)):
         options = {"block_size": [size] * below + [None], "positions": [module("XPOS")] * below}
         options["positions"] += [known[name]["positions"]]

@@ -30,18 +30,23 @@ def where(results: Results, query: str) -> Results:
     return replace(results, tables={"loss": results.tables["loss"].query(query)})
 
 
-def recipes_of(kind: str, make: Callable[[Results], str]) -> Callable[[Results], str]:
+def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable[[Results], str]:
     """The table of the headline's recipes, of hybrids, of ablations or of all others, from L on."""
 
     def kind_of(recipe: str) -> str:
         if recipe in HEADLINE:
             return "headline"
-        return "ablation" if recipe in ablations(1) else "hybrid" if "local layers" in recipe else "other"
+        return "ablation" if recipe in ablations(1) else "hybrid" if "layers" in recipe else "other"
 
     def some(results: Results) -> str:
-        ((name, frame),) = results.tables.items()
+        frame = results.tables[name]
         shown = frame[frame["encoding"].map(kind_of) == kind]
+        if kind == "headline":  # of seeds that all have
+            counts = shown.groupby("seed")["encoding"].nunique()
+            shown = shown[shown["seed"].map(counts) == counts.max()]
         shown = shown[shown["context" if "context" in shown else "distance"] >= results.length]
+        if shown.empty:
+            return "not measured yet"
         label = shown["distractors"] + " distractors" if "distractors" in shown else ""
         return make(replace(results, tables={name: shown.assign(label=label)}))
 
@@ -100,15 +105,17 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "recall": ("recall", recall_table),
     "long-thresholds": ("recipes_loss", lambda results: listed(verdicts(results, LONG_THRESHOLDS))),
     "recall-thresholds": ("recipes_recall", lambda results: listed(recall_verdicts(results))),
-    "recipes": ("recipes_loss", recipes_of("headline", loss_table)),
-    "recipes-rise": ("recipes_loss", recipes_of("headline", rise_table)),
-    "recipes-other": ("recipes_loss", recipes_of("other", loss_table)),
-    "hybrids": ("recipes_loss", recipes_of("hybrid", loss_table)),
-    "ablations": ("recipes_loss", recipes_of("ablation", loss_table)),
-    "recipes-recall": ("recipes_recall", recipes_of("headline", recall_table)),
-    "recipes-recall-by-seed": ("recipes_recall", recipes_of("headline", recall_by_seed)),
-    "recipes-recall-other": ("recipes_recall", recipes_of("other", recall_table)),
-    "hybrids-recall": ("recipes_recall", recipes_of("hybrid", recall_table)),
+    "longer-recall-thresholds": ("longer_recall", lambda results: listed(recall_verdicts(results))),
+    "longer-recall": ("longer_recall", recipes_of("other", "right", recall_by_seed)),
+    "recipes": ("recipes_loss", recipes_of("headline", "loss", loss_table)),
+    "recipes-rise": ("recipes_loss", recipes_of("headline", "loss", rise_table)),
+    "recipes-other": ("recipes_loss", recipes_of("other", "loss", loss_table)),
+    "hybrids": ("recipes_loss", recipes_of("hybrid", "loss", loss_table)),
+    "ablations": ("recipes_loss", recipes_of("ablation", "loss", loss_table)),
+    "recipes-recall": ("recipes_recall", recipes_of("headline", "right", recall_table)),
+    "recipes-recall-by-seed": ("recipes_recall", recipes_of("headline", "right", recall_by_seed)),
+    "recipes-recall-other": ("recipes_recall", recipes_of("other", "right", recall_table)),
+    "hybrids-recall": ("recipes_recall", recipes_of("hybrid", "right", recall_table)),
     "recipes-far": ("recipes_use", far_table),
     "recall-by-seed": ("recall", recall_by_seed),
 }
@@ -120,7 +127,8 @@ def filled(text: str, folder: Path = RESULTS) -> str:
     def replacement(match: re.Match[str]) -> str:
         name, make = TABLES[match[1]]
         path = folder / f"{name}.json"
-        return f"{match[1]} -->\n{make(results_of(*read_cells(path)))}\n" if path.exists() else match[0]
+        made = make(results_of(*read_cells(path))) if path.exists() else "not measured yet"
+        return f"{match[1]} -->\n{made}\n"
 
     return MARKED.sub(replacement, text)
 
@@ -161,9 +169,9 @@ def plot_long(loss: Results, recall: Results) -> sns.FacetGrid:
         .query("distractors == 'growing'")
         .assign(x=lambda f: f["distance"] / recall.length, y=lambda f: 100 * f["right"] / f["asked"], label=RECALL),
     ]
-    frame = pd.concat(parts).query("encoding in @HEADLINE[:3] and x <= 64")
+    frame = pd.concat(parts, ignore_index=True).query("encoding in @HEADLINE[:3] and x <= 64")
     grid = panels(frame, "x", "y", 1, "", facet_kws={"sharey": False}, height=3.2)
-    return grid.set_axis_labels("context, or distance, in trained lengths L", "")
+    return grid.set_axis_labels("context or distance / L", "")
 
 
 def plot_attention(use: Results) -> sns.FacetGrid:

@@ -3,8 +3,6 @@
 Axes: b batch, h heads, g key-value heads, n sequence, d head dimension; w is the block size.
 """
 
-import copy
-import pickle
 from functools import partial
 from unittest import mock
 
@@ -86,8 +84,9 @@ def test_attention_equals_the_formula(n, w, heads, d, b, dtype, encoding, tail, 
     assert_attends_exactly(actual, q, k, v, mask, encoding.with_biases(tail))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(
     n=st.integers(2, 60),
     w=st.none() | st.integers(2, 20),
@@ -100,7 +99,8 @@ def test_attention_equals_the_formula(n, w, heads, d, b, dtype, encoding, tail, 
 )
 def test_flex_attention_gets_the_same_mask_and_gain(n, w, heads, dtype, encoding, bias, documents, chunk):
     """As far as a CPU can tell: there FlexAttention computes plainly, and has no gradient."""
-    q, k, v = (t.detach() for t in inputs(n, 2, *heads, 6, dtype))
+    h, g = heads
+    q, k, v = inputs(n, 2, h, g, 6, dtype, grad=False)
     settings = {"document_ids": document_ids(n) if documents else None, "distance_bias": bias}
     outputs = []
     for way in (lambda pattern, n, *_: n > 1, lambda *_: False):
@@ -269,14 +269,6 @@ def test_a_bias_may_be_a_function_a_module_or_none_in_any_order():
         assert module.distance_bias is bias
         assert ("distance_bias.table" in module.state_dict()) == (bias is learned)
         assert (learned.table in set(module.parameters())) == (bias is learned)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_a_copy_gives_the_same_numbers(copied):
-    positions = partial(XPOS, scale_base=16)
-    module = block(32, 4, LogNScaling(0.5, 5), SoftTail(3.0, 10), block_size=12, positions=positions)
-    x = normal(0, 2, 40, 32)
-    assert torch.equal(copied(module)(x), module(x))
 
 
 def test_a_block_made_on_the_meta_device_gives_the_loaded_ones_numbers():

@@ -43,6 +43,16 @@ MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
         ({"model__distance_bias": "{name: Steep}"}, "distance_bias must be a mapping with the name"),
         ({"model__distance_bias": "{name: ScaleInvariant, tau: 0}"}, "tau must be above 0 and finite, got 0"),
         ({"model__learning_rate": 0}, "model.learning_rate must be above 0, got 0"),
+        ({"model__context_parallel_size": 0}, "model.context_parallel_size must divide the devices, 1, got 0"),
+        (
+            {"model__context_parallel_size": 2, "model__block_size": 4},
+            "model.context_parallel_size must divide the devices, 1, got 2",
+        ),
+        (
+            {"model__context_parallel_size": 2, "model__block_size": 5},
+            "model.context_parallel_size * model.block_size, got 16 with 2 and 5",
+        ),
+        ({"model__context_parallel_size": 2}, "got 16 with 2 and null"),
         ({"trainer__max_steps": -1}, "trainer.max_steps must be above 0, got -1"),
         ({"save_every": 0}, "save_every"),
         ({"trainer__accelerator": "abacus"}, "abacus"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = sorted((ROOT / "xpos_zoo").rglob("*.py"))
 
 
@@ -24,14 +25,30 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(command, capture_output=True, text=True, check=True)
     (wheel,) = (zipfile.ZipFile(path) for path in tmp_path.iterdir())
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    information = f"xpos_zoo-{project['version']}.dist-info"
+    information = f"xpos_zoo-{PROJECT['version']}.dist-info"
     library = {path.relative_to(ROOT).as_posix() for path in SOURCES}
     assert {name for name in wheel.namelist() if not name.startswith(information)} == library | {"xpos_zoo/py.typed"}
     assert wheel.read(f"{information}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     metadata = email.message_from_bytes(wheel.read(f"{information}/METADATA"))
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {re.split(r"[<>=~! ]", line)[0] for line in required} == {"torch", "einops"}
+
+
+def test_the_version_is_that_of_the_citation_and_of_the_newest_changes():
+    version = PROJECT["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.findall("^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+
+
+def test_the_workflow_tests_every_python_and_torch_that_the_project_supports():
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    pythons, torches = (
+        re.findall(r"\d[\d.]*", line) for line in re.findall(r"^ +(?:python|torch): \[.*", workflow, re.M)
+    )
+    classifiers = {line for line in PROJECT["classifiers"] if line.startswith("Programming Language")}
+    assert {f"Programming Language :: Python :: {python}" for python in pythons} == classifiers
+    least, above = re.findall(r"torch>=2\.(\d+),<2\.(\d+)", PROJECT["dependencies"][0])[0]
+    assert [int(torch.split(".")[1]) for torch in torches] == list(range(int(least), int(above)))
 
 
 @pytest.mark.slow

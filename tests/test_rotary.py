@@ -58,9 +58,9 @@ def test_each_column_comes_twice_side_by_side_whatever_the_strides():
 @given(
     leading=st.sampled_from(LEADING),
     wide=st.booleans(),
-    scale=st.sampled_from(["1", "number", "scalar", "row", "narrow", "wide"]),
+    scale=st.sampled_from(["1", "number", "scalar", "one", "column", "row", "narrow", "wide"]),
 )
-def test_pairs_are_rotated_by_the_tables_and_scaled(leading, wide, scale):
+def test_pairs_are_rotated_by_the_tables_and_scaled_by_a_factor_of_any_width(leading, wide, scale):
     n, d = 5, 8
     x, factor = normal(0, *leading, n, d, dtype=torch.float64), 0.1 + normal(1, n, d // 2, dtype=torch.float64).abs()
     angle = torch.arange(n).double()[:, None] * theta(d)
@@ -69,6 +69,8 @@ def test_pairs_are_rotated_by_the_tables_and_scaled(leading, wide, scale):
         "1": (1, 1),
         "number": (0.3, 0.3),
         "scalar": (factor[0, 0], factor[0, 0]),
+        "one": (factor[:1, :1], factor[0, 0]),
+        "column": (factor[:, :1], factor[:, :1]),
         "row": (factor[0], factor[0]),
         "narrow": (factor, factor),
         "wide": (duplicate_interleave(factor), factor),

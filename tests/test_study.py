@@ -132,11 +132,11 @@ def test_the_trainer_never_imports_the_study():
 def test_a_table_is_made_anew_between_its_marks_and_nothing_else_changes(tmp_path):
     content = {"settings": {"context_length": L, "documents": list("abcd")}, "cells": [cell("xPos", "dense", at(x4=1))]}
     (tmp_path / "loss.json").write_text(json.dumps(content))
-    text = "a\n<!-- table: matrix -->\nold\n<!-- end -->\nb\n<!-- table: recall -->\nkept\n<!-- end -->\n"
+    text = "a\n<!-- table: matrix -->\nold\n<!-- end -->\nb\n<!-- table: recall -->\nold\n<!-- end -->\n"
     made = filled(text, tmp_path)
     assert made.startswith("a\n<!-- table: matrix -->\n| context")
     assert "| xPos, dense | 1.150 | 1.150 | 1.150 | 1.150 | 2.150 |" in made
-    assert made.endswith("|\n<!-- end -->\nb\n<!-- table: recall -->\nkept\n<!-- end -->\n")
+    assert made.endswith("|\n<!-- end -->\nb\n<!-- table: recall -->\nnot measured yet\n<!-- end -->\n")
     assert filled(made, tmp_path) == made
 
 
@@ -160,7 +160,7 @@ def small(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
             state["trained"].append((name, seed))
 
     for name in ("cpu", "recall"):
-        sizes = {"data": {"context_length": L}, "model": {"num_heads": 2, "num_layers": 1}}
+        sizes = {"data": {"context_length": L}, "model": {"num_heads": 2, "num_layers": 1}, "trainer": {"max_steps": 4}}
         (tmp_path / "configs").mkdir(exist_ok=True)
         (tmp_path / "configs" / f"{name}.yaml").write_text(yaml.dump(sizes))
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from train import export, sample
 from train.__main__ import main
 from train.callbacks import training_flops
+from train.checkpoint import FREE
+from train.errors import UserError
 from train.language_model import LanguageModel
+from train.runs import find_runs
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 
 TOKENS = torch.randint(256, (2, 140), generator=torch.Generator().manual_seed(0))
@@ -111,6 +115,22 @@ def test_the_exported_model_gives_the_trained_ones_logits_and_takes_its_tokenize
         tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / run.parts[-4] / "tokenizer.json"))
         assert tokenizer.to_str() == read_checkpoint(run)["TextData"]["tokenizer"]
     assert [p.scale_base for p in exported(trained, tmp_path / "a").modules() if isinstance(p, XPOS)] == [8.0]
+
+
+def test_an_exported_model_is_sampled_and_measured_as_its_run(trained, tmp_path, capsys):
+    exported(trained, tmp_path / "a")
+    capsys.readouterr()
+    texts = []
+    for where in (trained, tmp_path / "a"):
+        sample.main([f"--checkpoint={where}", "--seed=1", "--max_new_tokens=40"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    (run,), (ours,) = find_runs([trained]), find_runs([tmp_path / "a"])
+    assert replace(ours, checkpoint=run.checkpoint, sha256=run.sha256, data=run.data) == run
+    assert ours.data.items() == {name: value for name, value in run.data.items() if name not in FREE}.items()
+    (tmp_path / "a" / "training.json").write_text("{}")
+    with pytest.raises(UserError, match=r"training\.json is damaged"):
+        find_runs([tmp_path / "a"])
 
 
 def test_the_block_size_can_be_set_and_nothing_is_overwritten_unasked(trained, tmp_path, capfd):

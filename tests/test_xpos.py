@@ -9,14 +9,30 @@ import math
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import DTYPES, HALVES, Encoding, encode, normal, relative_error, roundoff, score_sizes, scores, zeta
+from reference import (
+    DTYPES,
+    HALVES,
+    Encoding,
+    difference,
+    encode,
+    gradients,
+    normal,
+    relative_error,
+    roundoff,
+    score_sizes,
+    scores,
+    zeta,
+)
+from torch import Tensor, nn
 
 from xpos_zoo import XPOS
 
 FASTEST = math.log2(3.5)  # bits that the fastest pair decays in scale_base positions
 bases = st.sampled_from([0.5, 1.0, 4.0, 64.0, 100.5, 512.0, 4096.0])
+SAME = 1000 * roundoff(torch.float64)  # some tens of roundings, each of the size of the largest term
 even = st.integers(1, 16).map(lambda i: 2 * i)
 
 
@@ -152,19 +168,58 @@ def test_scale_base_may_be_changed_on_a_made_module():
     assert torch.equal(copy.deepcopy(xpos)(x), xpos(x))
 
 
-def test_outputs_may_be_changed_in_place_mapped_and_differentiated_forward():
-    """As torchscale's attention and torch's transforms do with the original."""
-    x = normal(0, 3, 5, 8).requires_grad_()
-    q = XPOS(8)(x)
-    q *= 0.5
-    q.sum().backward()
-    assert x.grad is not None
-    xpos, x = XPOS(8), x.detach()
-    assert torch.equal(torch.func.vmap(xpos)(x), xpos(x))
-    assert torch.equal(torch.func.jvp(xpos, (x,), (2 * x,))[1], 2 * xpos(x))
+class OriginalXPOS(nn.Module):
+    """The formula with the exponents of the original: centred on the length."""
+
+    def forward(self, x: Tensor, offset: int = 0, downscale: bool = False) -> Tensor:
+        at = torch.arange(x.shape[-2]) + offset
+        exponents = at - (x.shape[-2] + offset + 1) // 2
+        return encode(x, at, -exponents if downscale else exponents, Encoding(512))
 
 
-def test_offsets_of_other_types_are_integers_too():
+class TorchscaleAttention(nn.Module):
+    """Attention in two heads of 8 as torchscale does it: q is scaled in place, a state holds keys as projected."""
+
+    def __init__(self, xpos: nn.Module):
+        super().__init__()
+        torch.manual_seed(0)
+        self.projections = nn.ModuleList(nn.Linear(16, 16, dtype=torch.float64) for _ in range(4))
+        self.xpos = xpos
+
+    def forward(self, x: Tensor, state: dict[str, Tensor] | None = None) -> Tensor:
+        q, k, v = (rearrange(linear(x), "b n (h d) -> (b h) n d", h=2) for linear in self.projections[:3])
+        offset = 0
+        if state is not None:
+            if state:
+                k, v = (torch.cat((state[name], new), 1) for name, new in (("k", k), ("v", v)))
+                offset = k.shape[1] - 1
+            state.update(k=k, v=v)
+        k = self.xpos(k, offset=0, downscale=True)
+        q = self.xpos(q, offset=offset, downscale=False)
+        q *= 8**-0.5
+        n, m = q.shape[1], k.shape[1]
+        hidden = torch.full((n, m), -math.inf, dtype=x.dtype).triu(m - n + 1)
+        weights = (torch.bmm(q, k.mT) + hidden).softmax(-1)
+        return self.projections[3](rearrange(torch.bmm(weights, v), "(b h) n d -> b n (h d)", h=2))
+
+
+def test_torchscales_attention_trains_and_decodes_alike_with_our_xpos():
+    ours, theirs = TorchscaleAttention(XPOS(8)), TorchscaleAttention(OriginalXPOS())
+    x = normal(0, 2, 20, 16, dtype=torch.float64).requires_grad_()
+    output, expected = ours(x), theirs(x)
+    assert relative_error(output, expected) <= SAME
+    upstream = normal(1, 2, 20, 16, dtype=torch.float64)
+    pairs = (gradients(y, upstream, (x, *m.parameters())) for y, m in ((output, ours), (expected, theirs)))
+    for gradient, right in zip(*pairs, strict=True):
+        # Scores do not depend on the bias of k: its gradient is but roundoff.
+        assert difference(gradient, right) <= SAME * max(1, right.norm().item())
+    for attention in (ours, theirs):  # the first piece is longer; the others are a token each
+        state: dict[str, Tensor] = {}
+        decoded = torch.cat([attention(piece, state) for piece in x.split([5] + 15 * [1], dim=1)], dim=1)
+        assert relative_error(decoded, expected) <= SAME
+
+
+def test_numpys_and_torchs_integers_are_integers_too():
     x = normal(0, 2, 5, 8)
     for offset in (torch.tensor(3), torch.tensor([3]), torch.tensor(3, dtype=torch.int32), np.int32(3)):
         assert torch.equal(XPOS(np.int64(8))(x, offset), XPOS(8)(x, 3))  # type: ignore[arg-type]

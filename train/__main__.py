@@ -97,6 +97,12 @@ class RunCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         with errors_in_one_line(ValueError, TypeError):  # what Lightning and jsonargparse raise for an option
             super().instantiate_classes()
+            devices, sharing = (
+                self.trainer.num_devices * self.trainer.num_nodes,
+                self.model.options.context_parallel_size,
+            )
+            if sharing < 1 or devices % sharing:
+                raise UserError(f"model.context_parallel_size must divide the devices, {devices}, got {sharing}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         folder, options = self.run_folder, self.options.trainer

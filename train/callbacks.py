@@ -55,10 +55,11 @@ class SampleText(L.Callback):
         prompt = tokenizer.encode(self.prompt, add_special_tokens=False).ids
         if not prompt:
             raise UserError(f"SampleText.prompt must have at least one token, got {self.prompt!r}")
-        # A sharded model is whole in a forward pass of all processes alone.
-        if trainer.sanity_checking or not trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy):
-            return
         model: Any = pl_module.transformer
+        # A sharded model is whole in a forward pass of all processes alone, as is a sharded window.
+        sharded = isinstance(trainer.strategy, ModelParallelStrategy) or model.cp_mesh is not None
+        if trainer.sanity_checking or not trainer.is_global_zero or sharded:
+            return
         try:
             drawn = model.generate(torch.tensor([prompt], device=pl_module.device), self.max_new_tokens, **self.options)
         except ValueError as error:
@@ -86,7 +87,8 @@ class Throughput(ThroughputMonitor):
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         module: Any = trainer.lightning_module
-        tokens = trainer.datamodule.options.batch_size * module.options.context_length  # type: ignore[attr-defined]
+        length = module.options.context_length // module.options.context_parallel_size
+        tokens = trainer.datamodule.options.batch_size * length  # type: ignore[attr-defined]
         module.flops_per_batch = tokens * training_flops(module.transformer, module.options.context_length)
         super().on_train_start(trainer, *args)
 

@@ -1,6 +1,7 @@
 """What is in a checkpoint, is it whole, and does it fit? Lightning writes and reads them."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from train.errors import UserError
 from train.files import replacing
+from train.tokens import FILE
 
 CONTENT = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step"}
-FREE = {"num_workers", "cache", "compile", "checkpoint_activations"}  # options of data and model that change no number
+# Options of data and model that change no number, or as much as other devices do.
+FREE = {"num_workers", "cache", "compile", "checkpoint_activations", "context_parallel_size"}
+EXPORTED = "training.json"  # beside an exported model: what its checkpoint says of its training
+DATA = "TextData"  # what of a checkpoint is the text's
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
@@ -41,6 +46,43 @@ def last_checkpoint_of(run: Path) -> Path:
 def find_checkpoint(path: str) -> Path:
     """The checkpoint that is named, or the last one of the run whose folder is."""
     return last_checkpoint_of(Path(path)) if Path(path).is_dir() else Path(path)
+
+
+def find_trained(path: str) -> Path:
+    """As `find_checkpoint`, or what an exported model says of its training, if this is the folder of one."""
+    return Path(path) / EXPORTED if (Path(path) / EXPORTED).exists() else find_checkpoint(path)
+
+
+def load_trained(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, or of an exported model all but its weights and its optimizer.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    if path.name != EXPORTED:
+        return load_checkpoint(path)
+    try:
+        content = json.loads(path.read_text())
+        if (tokens := path.parent / FILE).exists():
+            content[DATA]["tokenizer"] = tokens.read_text(encoding="utf-8")
+        return {name: content[name] for name in (*CONTENT - {"state_dict"}, DATA)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or no file of `python -m train.export`") from error
+
+
+def tokenizer_json_in(content: dict[str, Any]) -> str | None:
+    """The tokenizer.json of a checkpoint's tokens; None if its data says nothing of them."""
+    return content.get(DATA, {}).get("tokenizer")
+
+
+def write_trained(folder: Path, content: dict[str, Any]) -> None:
+    """Write what a checkpoint says of its training beside the exported model."""
+    kept = {name: content[name] for name in CONTENT - {"state_dict"}} | {DATA: content.get(DATA, {})}
+    data = kept["datamodule_hyper_parameters"]
+    kept["datamodule_hyper_parameters"] = {name: value for name, value in data.items() if name not in FREE}
+    kept[DATA] = {name: value for name, value in kept[DATA].items() if name != "tokenizer"}
+    with replacing(folder / EXPORTED) as draft:
+        draft.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -187,7 +187,10 @@ class Windows(Dataset[Tensor | tuple[Tensor, ...]]):
 
 
 class RandomBatches(Sampler[list[int]]):
-    """Batches of random indices; batch number s depends on (seed, s, rank) alone, so a resumed run draws the same."""
+    """Batches of random indices; batch number s depends on (seed, s, rank) alone, so a resumed run draws the same.
+
+    Devices that share windows have one rank.
+    """
 
     def __init__(self, size: int, batch_size: int, first: int, last: int, seed: int, rank: int):
         self.size, self.batch_size, self.first, self.last = size, batch_size, first, last
@@ -199,7 +202,9 @@ class RandomBatches(Sampler[list[int]]):
         assert trainer is not None
         batches = trainer.accumulate_grad_batches
         first, last = trainer.global_step * batches, trainer.max_steps * batches
-        return cls(size, batch_size, first, last, seed, trainer.global_rank)
+        model: Any = trainer.lightning_module
+        sharing = 1 if model is None else model.options.context_parallel_size
+        return cls(size, batch_size, first, last, seed, trainer.global_rank // sharing)
 
     def __len__(self) -> int:
         return self.last
@@ -343,8 +348,3 @@ class TextData(L.LightningDataModule):
                 f"data.context_length + 1 = {length}; give more text, or lower data.context_length"
             )
         return Windows(documents, length, stride, self.separator)
-
-
-def tokenizer_json_in(checkpoint: dict[str, Any]) -> str | None:
-    """The tokenizer.json of a checkpoint's tokens; None if its data says nothing of them."""
-    return checkpoint.get(TextData.__qualname__, {}).get("tokenizer")

@@ -3,8 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from train.checkpoint import find_checkpoint, load_checkpoint
-from train.data import tokenizer_json_in
+from train.checkpoint import find_checkpoint, load_checkpoint, tokenizer_json_in, write_trained
 from train.errors import UserError, command
 from train.files import replacing
 from train.language_model import LanguageModel
@@ -16,7 +15,7 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
 
     Args:
         checkpoint: a checkpoint of `python -m train fit`, or the folder of a run, whose last one is meant.
-        output: the folder for config.json, model.safetensors and tokenizer.json.
+        output: the folder for config.json, model.safetensors, tokenizer.json and training.json.
         block_size: of blockwise attention; by default the trained model's. 0 attends to the whole text.
         overwrite: replace a model that is there.
 
@@ -41,6 +40,8 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
     if tokenizer is not None:
         with replacing(tokens) as draft:
             draft.write_text(tokenizer, encoding="utf-8")
+    content["hyper_parameters"]["block_size"] = model.block_size
+    write_trained(Path(output), content)
     print(f"{output}: a {trained} model of {sum(p.numel() for p in model.parameters()):,} weights from {path}")
 
 

@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
@@ -55,6 +56,7 @@ class LanguageModel(L.LightningModule):
         weight_decay: on matrices; none on norms.
         compile: whether each layer is compiled (a graph a layer, which works under every strategy).
         checkpoint_activations: keep a layer's input alone for the backward pass, and compute the rest again.
+        context_parallel_size: how many devices share each window, for blockwise attention in all layers.
         vocab_size: how many tokens there are; the data's own.
 
     Raises:
@@ -64,7 +66,7 @@ class LanguageModel(L.LightningModule):
     def __init__(
         self,
         context_length: int,
-        positions: Positions | list[Positions] = XPOS,
+        positions: list[Positions] | Positions = XPOS,  # in this order, or jsonargparse saves no list
         scale_base: float | None = None,
         embed_dim: int = 128,
         num_layers: int = 4,
@@ -81,6 +83,7 @@ class LanguageModel(L.LightningModule):
         compile: bool = False,
         schedule: Schedule = "cosine",
         checkpoint_activations: bool = False,
+        context_parallel_size: int = 1,
         vocab_size: int = BYTES,
     ):
         super().__init__()
@@ -115,6 +118,12 @@ class LanguageModel(L.LightningModule):
         except (ValueError, TypeError) as error:
             raise UserError(f"model: {error}") from error
         for attention in self.transformer.attentions:
+            blocks = context_parallel_size * (attention.block_size or context_length + 1)  # dense, none fits
+            if context_parallel_size > 1 and context_length % blocks:
+                raise UserError(
+                    "data.context_length must be a multiple of model.context_parallel_size * model.block_size, "
+                    f"got {context_length} with {context_parallel_size} and {attention.block_size or 'null'}"
+                )
             for bias in attention.pattern.biases:
                 heads = bias(torch.zeros(1, 1, 1, 1, dtype=torch.int64)).shape[-3]
                 if heads not in (1, num_heads):
@@ -124,6 +133,13 @@ class LanguageModel(L.LightningModule):
         elif scale_base is not None:
             raise UserError(f"model.scale_base is {scale_base:g}, but no layer has XPOS")
         self.transformer.checkpoint_activations = checkpoint_activations
+
+    def setup(self, stage: str) -> None:
+        size, world = self.options.context_parallel_size, self.trainer.world_size
+        if size > 1:
+            device = self.trainer.strategy.root_device.type
+            mesh = init_device_mesh(device, (world // size, size), mesh_dim_names=("data", "context"))
+            self.transformer.cp_mesh = mesh["context"]
 
     def configure_model(self) -> None:
         layers = self.transformer.layers
@@ -142,15 +158,20 @@ class LanguageModel(L.LightningModule):
         return self.transformer(tokens, document_ids=document_ids)
 
     def predictions(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits (b n, vocabulary) and targets (b n,)."""
-        inputs, targets, *document_ids = (batch[:, :-1], batch[:, 1:]) if isinstance(batch, Tensor) else batch
+        """Logits (b n, vocabulary) and targets (b n,), of this device's part of the windows."""
+        whole = (batch[:, :-1], batch[:, 1:]) if isinstance(batch, Tensor) else batch
+        mesh = self.transformer.cp_mesh
+        own = whole if mesh is None else [t.chunk(mesh.size(), dim=1)[mesh.get_local_rank()] for t in whole]
+        inputs, targets, *document_ids = own
         logits = self(inputs, *document_ids).flatten(0, 1)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = cross_entropy(*self.predictions(batch), ignore_index=IGNORED)
-        self.log("train_bits_per_byte", self._bits_per_byte("train", loss.detach()), prog_bar=True)
-        self.log("train_nats_per_token", loss.detach())
+        shared = self.options.context_parallel_size > 1  # then a device's loss is of other places than the next one's
+        bits = self._bits_per_byte("train", loss.detach())
+        self.log("train_bits_per_byte", bits, prog_bar=True, sync_dist=shared)
+        self.log("train_nats_per_token", loss.detach(), sync_dist=shared)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from xpos_zoo import DistanceBias, LogNScaling, PositionModule, QueryScaling, SoftTail, Transformer
 
+SETTINGS = ("block_size", "query_scaling", "distance_bias")  # that a mode may give to layers that have none
+
 
 @dataclass(frozen=True)
 class SlidingWindow:
@@ -35,7 +37,7 @@ class Mode:
     def set_on(self, model: Transformer) -> None:
         """Have a model, in no other mode so far, attend so."""
         for attention in model.attentions:
-            for name in ("block_size", "query_scaling", "distance_bias"):
+            for name in SETTINGS:
                 if getattr(attention, name) is None:
                     setattr(attention, name, getattr(self, name))
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from train.checkpoint import FREE, difference, load_checkpoint
-from train.data import TextData, tokenizer_json_in
+from train.checkpoint import EXPORTED, FREE, difference, load_trained, tokenizer_json_in
+from train.data import TextData
 from train.errors import UserError
 from train.language_model import LanguageModel
+from train.modes import SETTINGS, Mode
 from xpos_zoo import Transformer
 
 # As the literature calls them, and what it calls them if slow pairs are left out.
@@ -40,19 +41,29 @@ class Run:
             raise UserError(f"{self.checkpoint} has another tokenizer than data.tokenizer gives now")
         return text
 
+    def takes(self, mode: Mode) -> bool:
+        """Whether the mode sets nothing that layers were trained with, such as a bias of their own."""
+        return not any(self.positions.get(name) and getattr(mode, name) for name in SETTINGS)
+
     def model(self, device: torch.device) -> Transformer:
-        module = LanguageModel.load_from_checkpoint(self.checkpoint, map_location=device, weights_only=True)
-        return module.transformer.eval()
+        return load_model(self.checkpoint, device)
+
+
+def load_model(path: Path, device: torch.device | str) -> Transformer:
+    """The model of a checkpoint, or the exported one that a file beside it says is trained, in evaluation mode."""
+    if path.name == EXPORTED:
+        return Transformer.from_pretrained(path.parent, device=device)
+    return LanguageModel.load_from_checkpoint(path, map_location=device, weights_only=True).transformer.eval()
 
 
 def find_runs(folders: Iterable[str | Path], option: str = "paths") -> list[Run]:
-    """The runs in and below the folders, each once.
+    """The runs and exported models in and below the folders, each once.
 
     A UserError if a folder holds none, or one is damaged, or its data has no such option or a length without quarters.
     """
     paths: dict[Path, Path] = {}
     for folder in map(Path, folders):
-        checkpoints = sorted(folder.rglob("checkpoints/last.ckpt"))
+        checkpoints = [*sorted(folder.rglob("checkpoints/last.ckpt")), *sorted(folder.rglob(EXPORTED))]
         if not checkpoints:
             raise UserError(f"runs: there is no trained run in {str(folder)!r}; `fit` makes one")
         paths |= {path.resolve(): path for path in checkpoints}
@@ -66,14 +77,14 @@ def find_runs(folders: Iterable[str | Path], option: str = "paths") -> list[Run]
 
 
 def read_run(path: Path) -> Run:
-    content = load_checkpoint(path)
+    content, weights = load_trained(path), path.with_name("model.safetensors") if path.name == EXPORTED else path
     data = {k: v for k, v in content["datamodule_hyper_parameters"].items() if k != "_instantiator"}
     model = {k: v for k, v in content["hyper_parameters"].items() if k not in FREE | {"_instantiator"}}
     positions = {name: model.pop(name, None) for name in OWN}
     tokenizer = tokenizer_json_in(content)
     recipe = {"data": {k: v for k, v in data.items() if k not in FREE | {"seed"}}, "model": model}
     recipe |= {"steps": content["global_step"], "tokenizer": hashlib.sha256(str(tokenizer).encode()).hexdigest()[:8]}
-    encoding, sha256 = encoding_of(**positions), hashlib.sha256(path.read_bytes())
+    encoding, sha256 = encoding_of(**positions), hashlib.sha256(weights.read_bytes())
     own = (data["seed"], data["context_length"], data, recipe, positions, tokenizer)
     return Run(path, encoding, *own, sha256.hexdigest())
 

@@ -5,10 +5,9 @@ from itertools import chain, islice
 
 import torch
 
-from train.checkpoint import find_checkpoint, load_checkpoint
-from train.data import tokenizer_json_in
+from train.checkpoint import find_trained, load_trained, tokenizer_json_in
 from train.errors import UserError, command
-from train.language_model import LanguageModel
+from train.runs import load_model
 from train.tokens import byte_tokenizer, decode, tokenizer_from
 
 
@@ -27,7 +26,8 @@ def sample(
     """Print the prompt and what the model makes of it, as soon as it makes it.
 
     Args:
-        checkpoint: a checkpoint of `python -m train fit`, or the folder of a run, whose last one is meant.
+        checkpoint: a checkpoint of `python -m train fit`, the folder of a run, whose last one is meant, or that of an
+            exported model.
         prompt: how the text begins; at least one character.
         max_new_tokens: tokens to draw. Any number: blockwise attention takes the same time and memory for each.
         temperature: divides the logits; 0 takes the likeliest token.
@@ -35,15 +35,16 @@ def sample(
         top_p: draw among the fewest tokens whose probabilities sum to p.
         seed: of the random numbers; the same seed gives the same text.
         block_size: of blockwise attention; by default the trained model's, and half the trained length for layers that
-            have none. 0 attends to the whole text.
+            have none and nothing else, such as a distance bias, to attend far with. 0 attends to the whole text.
         compile: compile the step; worth it for long texts.
         device: cpu or cuda.
 
     Raises:
         UserError: an argument is out of range, or the checkpoint is missing or damaged.
     """
-    path = find_checkpoint(checkpoint)
-    content = tokenizer_json_in(load_checkpoint(path))
+    path = find_trained(checkpoint)
+    trained = load_trained(path)
+    content, half = tokenizer_json_in(trained), trained["hyper_parameters"]["context_length"] // 2
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"device must be cpu{', or cuda' * torch.cuda.is_available()}, got {device}")
     try:
@@ -54,11 +55,12 @@ def sample(
     begin = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not begin:
         raise UserError(f"prompt must have at least one token, got {prompt!r}")
-    module = LanguageModel.load_from_checkpoint(path, map_location=device, weights_only=True).eval()
-    model = module.transformer
-    half = module.hparams["context_length"] // 2
+    model = load_model(path, device)
     try:
-        default = [attention.block_size or half for attention in model.attentions]
+        far = [attention.query_scaling is not None or bool(attention.pattern.biases) for attention in model.attentions]
+        default = [
+            each.block_size or (None if keeps else half) for each, keeps in zip(model.attentions, far, strict=True)
+        ]
         model.block_size = default if block_size is None else block_size or None
         stream = model.stream(
             torch.tensor([begin], device=device),

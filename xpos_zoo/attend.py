@@ -34,6 +34,8 @@ def attend(
 ) -> Tensor:
     """Causal attention of q (b, n, h, d) on k, v (b, n, g, d), not yet rotated: (b, n, h, d).
 
+    If the pattern is preceded, k and v (b, w + n, g, d) have a block before the queries'.
+
     Args:
         plan: made for these shapes.
         pattern: the layer's own; its bias may have parameters of the layer.
@@ -77,9 +79,10 @@ def attend_blocks(
         before, k = (rotated(k, plan.k_table[:, part], inverse=True) for part in (slice(0, w), slice(-w, None)))
     run = partial(attend_window, plan=plan, pattern=pattern, dropout_p=dropout_p)
     seen = (torch.cat((t[:, :-1], own[:, 1:]), dim=2) for t, own in ((before, k), (v, v)))
-    rest = (rearrange(t, "b j w h d -> (b j) w h d") for t in (q[:, 1:], *seen))
-    attended = rearrange(run(*rest, window=plan.windows[1]), "(b j) w h d -> b (j w) h d", j=q.shape[1] - 1)
-    attended = torch.cat((run(q[:, 0], k[:, 0], v[:, 0], plan.windows[0]), attended), dim=1)
+    rest = (rearrange(t, "b j w h d -> (b j) w h d") for t in (q if pattern.preceded else q[:, 1:], *seen))
+    attended = rearrange(run(*rest, window=plan.windows[1]), "(b j) w h d -> b (j w) h d", j=k.shape[1] - 1)
+    if not pattern.preceded:
+        attended = torch.cat((run(q[:, 0], k[:, 0], v[:, 0], plan.windows[0]), attended), dim=1)
     return attended[:, :n] if slots is None or slots.asked is None else gathered(attended, slots.asked)
 
 

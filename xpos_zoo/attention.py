@@ -4,16 +4,19 @@ Axes: b batch, n sequence, h heads, g key-value heads, d head dimension.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from xpos_zoo.attend import attend
 from xpos_zoo.bias import DistanceBias, QueryScaling
-from xpos_zoo.cache import KeyValueCache, LayerCache
+from xpos_zoo.cache import KeyValueCache, LayerCache, weight_of
 from xpos_zoo.checks import as_integer, require_integers, require_sizes
+from xpos_zoo.context_parallel import block_before, joined
 from xpos_zoo.plan import Padding, Pattern, Plan, Tokens, make_plan
 from xpos_zoo.rotary import PositionModule
 from xpos_zoo.xpos import XPOS
@@ -33,12 +36,17 @@ class MultiHeadAttention(nn.Module):
         block_size: None for dense causal attention; an integer for blockwise causal attention in blocks of that size.
         bias: whether the projections have biases.
         dropout: probability of dropping an attention weight in training.
+        device, dtype: where the module goes, and as what, once it is made.
 
     Attributes that may be set at any time, on a trained model too:
         block_size, positions (a module): as above.
+        q_proj, k_proj, v_proj, out_proj: any modules of the same widths, such as quantised ones and adapters.
         query_scaling: None, or a `QueryScaling` by the number of keys seen: `LogNScaling`, `ScalableSoftmax`.
         distance_bias: None, or a `DistanceBias` such as `SoftTail`; a module's parameters are trained with the others.
             Attention is then masked, 1024 queries at a time; training keeps all masks.
+        cp_mesh: None, or a `DeviceMesh` of one dimension for context parallelism: x is then this rank's part of longer
+            rows, which follow each other over its ranks, a multiple of block_size tokens each; so are document_ids.
+            Ranks exchange one block of keys and values. For blockwise attention without a cache.
 
     ValueError if a size is not positive or does not divide as said.
     """
@@ -46,6 +54,7 @@ class MultiHeadAttention(nn.Module):
     block_size: int | None
     query_scaling: QueryScaling | None
     distance_bias: DistanceBias | None
+    cp_mesh: DeviceMesh | None
 
     def __init__(
         self,
@@ -58,6 +67,8 @@ class MultiHeadAttention(nn.Module):
         block_size: int | None = None,
         bias: bool = False,
         dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -81,6 +92,7 @@ class MultiHeadAttention(nn.Module):
         self.block_size = block_size
         self.query_scaling = None
         self.distance_bias = None
+        self.cp_mesh = None
         if isinstance(positions, nn.Module):
             raise ValueError(f"positions must be called with head_dim to give a module, such as XPOS, got {positions}")
         self.positions = positions(head_dim)
@@ -88,6 +100,7 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+        self.to(device, dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "block_size" and value is not None:
@@ -96,6 +109,8 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"positions must give a PositionModule with a rate for each pair, got {value}")
         if name == "query_scaling" and not (value is None or callable(value)):
             raise ValueError(f"query_scaling must be callable, such as a LogNScaling, or None, got {value!r}")
+        if name == "cp_mesh" and value is not None and not (isinstance(value, DeviceMesh) and value.ndim == 1):
+            raise ValueError(f"cp_mesh must be a DeviceMesh of one dimension, or None, got {value!r}")
         if name == "distance_bias":
             if value is not None and not callable(value):
                 raise ValueError(f"distance_bias must be callable, such as a SoftTail, or None, got {value!r}")
@@ -113,7 +128,8 @@ class MultiHeadAttention(nn.Module):
 
     @property
     def pattern(self) -> Pattern:
-        return Pattern(self.positions, self.block_size, self.query_scaling, self.distance_bias)
+        preceded = self.cp_mesh is not None and self.cp_mesh.get_local_rank() > 0
+        return Pattern(self.positions, self.block_size, self.query_scaling, self.distance_bias, preceded)
 
     def forward(
         self,
@@ -152,7 +168,8 @@ class MultiHeadAttention(nn.Module):
                 raise ValueError(
                     f"x must have shape (batch, seq_len, embed_dim={self.embed_dim}), got {tuple(x.shape)}"
                 )
-            dtype = self.q_proj.weight.dtype
+            weight = weight_of(self.q_proj)
+            dtype = x.dtype if weight is None else weight.dtype
             if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
                 raise ValueError(f"x must have the weights' dtype {dtype}, or run under autocast, got {x.dtype}")
             with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
@@ -164,9 +181,13 @@ class MultiHeadAttention(nn.Module):
         assert not isinstance(cache, KeyValueCache)
         if plan.padding is not None:
             x = plan.padding.moved(x)
-        q = rearrange(self.q_proj(x), "b n (h d) -> b n h d", d=self.head_dim)
         k = rearrange(self.k_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
         v = rearrange(self.v_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
+        # On its way while queries are projected.
+        before = None if self.cp_mesh is None else block_before(self.cp_mesh, self.block_size or 0, k, v)
+        q = rearrange(self.q_proj(x), "b n (h d) -> b n h d", d=self.head_dim)
+        if before is not None:
+            k, v = joined(before, k, v)
         pattern = self.pattern
         if (key := pattern.plan_key(q.dtype)) != plan.key:
             raise ValueError(f"plan must be made for {key[1:]} and these rates, got one for {plan.key[1:]}")
@@ -204,6 +225,15 @@ def plan_layers(
         if any(layer.query_scaling is not None for layer in layers):
             raise ValueError("document_ids must be None with query_scaling, which counts the keys of a whole row")
         ids = ids if padding is None else ids.gather(1, padding.order[..., 0])
+    for w in (layer.block_size for layer in layers if layer.cp_mesh is not None):
+        if padding is not None:
+            raise ValueError("key_padding_mask must be None with cp_mesh: tokens do not move to other ranks")
+        if cache is not None:
+            raise ValueError("cache must be None with cp_mesh: set that to None to decode")
+        if w is None:
+            raise ValueError("block_size must be set with cp_mesh, got None: dense layers need the keys of all ranks")
+        if n == 0 or n % w:
+            raise ValueError(f"seq_len must be a multiple of block_size={w} with cp_mesh, got {n}")
     known = torch.amp.is_autocast_available(x.device.type)  # the meta device is not
     autocast = known and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -221,5 +251,14 @@ def plan_layers(
     patterns = [layer.pattern for layer in layers]
     for i, pattern in enumerate(patterns):
         key = pattern.plan_key(dtype)
-        plans[key] = plans.get(key) or make_plan(pattern, tokens, None if cache is None else cache[i])
+        own = None if cache is None else cache[i]
+        plans[key] = plans.get(key) or make_plan(pattern, preceded(layers[i], tokens), own)
     return [plans[pattern.plan_key(dtype)] for pattern in patterns]
+
+
+def preceded(layer: MultiHeadAttention, tokens: Tokens) -> Tokens:
+    """The tokens; with a cp_mesh, the document ids of the block before the layer's own are among theirs."""
+    ids = tokens.document_ids
+    if ids is None or layer.cp_mesh is None:
+        return tokens
+    return replace(tokens, document_ids=joined(block_before(layer.cp_mesh, layer.block_size or 0, ids), ids)[0])

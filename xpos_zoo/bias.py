@@ -64,9 +64,9 @@ class SoftTail:
 class ScaleInvariant:
     """Logits whose share of far keys does not grow with their number, in training and after (arXiv 2505.17083).
 
-    At distance t a score S becomes a_t S + 1 - a_t^2, where a_t^2 = 2 ln(t / tau + 1) + 1: the keys between t and 2 t
-    together weigh the same for every t above tau, and one among them can still be told from all others. ValueError if
-    tau is not positive and finite.
+    At distance t a score S becomes a_t S + 1 - a_t^2, where a_t^2 = 2 ln(t / tau + 1) + 1: if scores are normally
+    distributed, the keys between t and 2 t together weigh the same for every t above tau. ValueError if tau is not
+    positive and finite.
     """
 
     tau: float = 10.0

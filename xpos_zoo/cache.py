@@ -40,6 +40,12 @@ def layout(attention: Any, most: int) -> dict[str, int | None]:
     return own | {"part_size": part_size(attention.positions, attention.block_size, most)}
 
 
+def weight_of(projection: nn.Module) -> Tensor | None:
+    """A projection's weight; None if it has none, or one of integers, as quantised ones may."""
+    weight = getattr(projection, "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
+
+
 @dataclass(frozen=True, eq=False)
 class Slots:
     """Where in a layer's cache new keys and values go, and where blocks find theirs.
@@ -83,7 +89,9 @@ class LayerCache(nn.Module):
         device: torch.device | None,
     ):
         super().__init__()
-        weight = attention.k_proj.weight
+        weight = weight_of(attention.k_proj)
+        if weight is None:
+            weight = torch.empty(0, device=attention.positions.increments.device)
         device = torch.device(weight.device if device is None else device)
         if dtype is None:
             dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
@@ -162,7 +170,7 @@ class KeyValueCache(nn.Module):
         batch_size: rows.
         max_length: tokens a row that dense attention has room for; None for as many as come: a full cache becomes twice
             as large, though not in a compiled graph. Blockwise attention needs none: it keeps two blocks.
-        dtype, device: by default those of the weights; under autocast its dtype.
+        dtype, device: by default those of the weights; under autocast its dtype, for quantised weights torch's default.
 
     `length` counts the tokens seen, (b,), int64. ValueError if a size is not positive.
     """

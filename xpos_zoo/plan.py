@@ -47,19 +47,23 @@ def one_sees(q: Tensor, k: Tensor, block_size: int | None, ids: tuple[Tensor, Te
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """How a layer attends, apart from its weights."""
+    """How a layer attends, apart from its weights.
+
+    `preceded`: in blocks, whether one of keys comes before the first of the queries.
+    """
 
     positions: PositionModule
     block_size: int | None = None
     query_scaling: QueryScaling | None = None
     distance_bias: DistanceBias | None = None
+    preceded: bool = False
 
     def plan_key(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """What is equal in layers that share a plan for q and k of `dtype`; bfloat16 and float32 may share one."""
         # Without modules where that can be, so that layers compiled one by one share a graph.
         positions, precision = self.positions, dtype if dtype in (torch.float16, torch.float64) else None
         own = positions if hasattr(positions, "distance_bias") else None
-        settings = self.block_size, self.query_scaling, self.distance_bias
+        settings = self.block_size, self.query_scaling, self.distance_bias, self.preceded
         return positions.rates, positions.interleaved, own, *settings, precision
 
     @property
@@ -103,7 +107,7 @@ class Tokens:
         length: tokens before them, (b,), in a cache; None without.
         count: how many of the n count, (b,), the others being padding; None for all.
         most: the most tokens that a row has with these; None if that is not known before the graph runs.
-        document_ids: (b, n) or None.
+        document_ids: (b, n) or None; if the pattern is preceded, of that block, too.
         padding: None if all tokens count, or the first `count` of each row.
     """
 
@@ -181,7 +185,7 @@ class Window:
         def modified(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             q, k = (at[index] if at.ndim == 1 else at[b, index] for at, index in ((q_at, i), (k_at, j)))
             ids = None if q_ids is None or k_ids is None else (q_ids[b, i], k_ids[b, j])
-            t = (q - k).clamp(min=0)
+            t = (q - k).clamp(0, bias.shape[-1] - 1)  # padding may stand farther than any key
             score = score if gain is None else score * gain[h % len(gain), t]
             return torch.where(one_sees(q, k, pattern.block_size, ids), score + bias[h % len(bias), t], -torch.inf)
 
@@ -199,7 +203,7 @@ class Window:
         return replace(self, mask=mask, gain=gain)
 
     def with_tables(self, pattern: Pattern) -> "Window":
-        distance = torch.arange(self.k_at.shape[-1], device=self.k_at.device)  # none is farther than keys are many
+        distance = torch.arange(self.k_at.shape[-1], device=self.k_at.device)  # none that counts is farther
         bias, gain = logits_at(distance[None, None, None], pattern)
         return replace(self, tables=(bias[0, :, 0], None if gain is None else gain[0, :, 0]))
 
@@ -254,7 +258,7 @@ def make_plan(pattern: Pattern, tokens: Tokens, cache: LayerCache | None = None)
     w = pattern.block_size
     if cache is not None and tokens.n == 1:
         plan = plan_token(pattern, tokens, cache)
-    elif w is not None and (cache is not None or tokens.n > 2 * w):
+    elif w is not None and (cache is not None or pattern.preceded or tokens.n > 2 * w):
         plan = plan_blocks(pattern, tokens, w, cache)
     else:  # in up to two blocks, every query sees all before it
         plan = plan_sequence(pattern, tokens, cache)
@@ -266,8 +270,11 @@ def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) ->
     """Queries on all keys before them: those that come with them, or a cache's."""
     n, positions, ids, q_at = tokens.n, pattern.positions, tokens.document_ids, tokens.positions
     masked = bool(pattern.biases) or ids is not None or cache is not None
-    split = not torch.compiler.is_compiling() and n > QUERY_CHUNK and any(hasattr(b, "gain") for b in pattern.biases)
-    limit = GAINED_CHUNK if split else QUERY_CHUNK  # a graph would hold every chunk
+    plain = (
+        n > QUERY_CHUNK and not torch.compiler.is_compiling() and not flexible(pattern, n, tokens.device, tokens.dtype)
+    )
+    gained = plain and any(hasattr(bias, "gain") for bias in pattern.biases)
+    limit = GAINED_CHUNK if gained else QUERY_CHUNK  # a graph would hold every chunk
     if cache is None:
         k_at, p = q_at, part_size(positions)
     else:
@@ -293,7 +300,8 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
     From a cache, each row is laid out from the first block that its new tokens see.
     """
     n, ids, span = tokens.n, tokens.document_ids, pattern.positions.max_span(tokens.dtype)
-    blocks, at = block_count(n, w, cache is not None), torch.arange(2 * w, device=tokens.device)
+    blocks = block_count(n, w, cache is not None) + pattern.preceded
+    at = torch.arange(2 * w, device=tokens.device)
     p = part_size(pattern.positions, w)
     must_mask = bool(pattern.biases) or ids is not None
     masked = must_mask or not aligned(pattern, tokens)
@@ -308,7 +316,7 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
         q_table = make_table(pattern, at[:w] % chunk - chunk // 2, tokens)
         part_at = torch.arange(-w, w, p, device=tokens.device)
         first_shifts, shifts = (shift_tables(pattern, tokens, each, w, chunk) for each in (part_at[w // p :], part_at))
-    q_at, slots = torch.arange(blocks * w, device=tokens.device), None
+    q_at, slots = torch.arange(w * pattern.preceded, blocks * w, device=tokens.device), None
     if cache is not None and tokens.length is not None:
         start = first_seen(tokens.length[:, None], w)
         q_at = start + q_at
@@ -322,7 +330,7 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
         )
     first_ids = rest_ids = k_ids = None
     if ids is not None:
-        ids = rearrange(pad(ids, (0, blocks * w - n)), "b (j w) -> b j w", w=w)
+        ids = rearrange(pad(ids, (0, blocks * w - ids.shape[1])), "b (j w) -> b j w", w=w)
         first_ids, rest_ids = ids[:, 0], ids[:, 1:].flatten(0, 1)
         k_ids = torch.cat((ids[:, :-1], ids[:, 1:]), dim=-1).flatten(0, 1)
     first = Window(at[:w], at[:w], first_ids, first_ids, first_shifts, must_mask or (masked and chunk < w))
@@ -405,8 +413,10 @@ def aligned(pattern: Pattern, tokens: Tokens) -> bool:
 
 def block_count(n: int, w: int, cached: bool) -> int:
     """Blocks of w tokens for n of them; from a cache, also for what they see before them, wherever they begin."""
+    if cached:
+        return (n + 3 * w - 2) // w
     # A graph for any length takes a block too many: else there would be one graph more.
-    return (n + 3 * w - 2) // w if cached else n // w + 1 - known(n % w == 0)
+    return n // w + 1 - known(n % w == 0) if torch.compiler.is_compiling() else -(-n // w)
 
 
 def known(condition: bool) -> bool:

@@ -70,7 +70,9 @@ def rotate_pairs(
     """
     layout, axis = ("i two", -1) if interleaved else ("two i", -2)
     a, b = unpack(x) if packed else rearrange(x, f"... ({layout}) -> ... {layout}", two=2).unbind(axis)
-    if factor is not None:
+    if factor is None:  # so that gradients are rounded once, too
+        a, b = (t.to(torch.promote_types(t.dtype, cos.dtype)) for t in (a, b))
+    else:
         a, b = a * factor, b * factor
     a, b = (a * cos + b * sin, b * cos - a * sin) if conjugate else (a * cos - b * sin, b * cos + a * sin)
     if packed:
@@ -100,29 +102,26 @@ def pack(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Rotation(torch.autograd.Function):
-    """x times a `PositionModule.table`, with the factors of queries or, if `inverse`, of keys.
-
-    Its gradient is the rotation by the conjugate; autograd would take pairs apart and join them step by step.
-    """
+    """`rotate_pairs` for a compiler: pairs may go packed, for the gradient is the rotation by the conjugate."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, table: Tensor, inverse: bool, interleaved: bool, conjugate: bool) -> Tensor:
-        factor = table[3 if inverse else 2] if len(table) > 2 else None
-        packed = interleaved and x.dtype in (torch.bfloat16, torch.float32) and torch.compiler.is_dynamo_compiling()
-        return rotate_pairs(x, table[0], table[1], factor, interleaved, conjugate, packed)
+    def forward(
+        x: Tensor, cos: Tensor, sin: Tensor, factor: Tensor | None, interleaved: bool, conjugate: bool
+    ) -> Tensor:
+        packed = interleaved and x.dtype in (torch.bfloat16, torch.float32)
+        return rotate_pairs(x, cos, sin, factor, interleaved, conjugate, packed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, table, ctx.inverse, ctx.interleaved, ctx.conjugate = inputs
-        ctx.save_for_backward(table)
+        _, *tables, ctx.interleaved, ctx.conjugate = inputs
+        ctx.save_for_backward(*tables)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        (table,) = ctx.saved_tensors
-        x = Rotation.apply(gradient.contiguous(), table, ctx.inverse, ctx.interleaved, not ctx.conjugate)
-        return x, None, None, None, None
+        x = Rotation.apply(gradient.contiguous(), *ctx.saved_tensors, ctx.interleaved, not ctx.conjugate)
+        return x, None, None, None, None, None
 
 
 def fixed_pos_embedding(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,7 +283,11 @@ class PositionModule(nn.Module):
 
     def rotated(self, x: Tensor, table: Tensor | None, inverse: bool = False) -> Tensor:
         """Queries, or keys, x (..., d) multiplied by a table (rows, ..., i); unchanged if it is None."""
-        return x if table is None else Rotation.apply(x, table, inverse, self.interleaved, False)  # type: ignore[return-value]
+        if table is None:
+            return x
+        factor = table[3 if inverse else 2] if len(table) > 2 else None
+        rotate = Rotation.apply if torch.compiler.is_dynamo_compiling() else rotate_pairs
+        return rotate(x, table[0], table[1], factor, self.interleaved, False)  # type: ignore[return-value]
 
     def max_span(self, dtype: torch.dtype) -> int:
         """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`.
@@ -299,7 +302,7 @@ class PositionModule(nn.Module):
 def as_table(rows: list[Tensor]) -> Tensor:
     """Rows as one tensor that a compiler writes to memory: it would evaluate them anew for every head and batch row."""
     table = torch.cat(rows)
-    return torch.as_strided(table, table.shape, table.stride())
+    return torch.as_strided(table, table.shape, table.stride()) if torch.compiler.is_compiling() else table
 
 
 def within_wavelength(rates: Sequence[complex], max_wavelength: float | None) -> tuple[complex, ...]:

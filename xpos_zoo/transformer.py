@@ -98,6 +98,7 @@ class Transformer(nn.Module):
         hidden_dim: width of the feed-forward network; by default 8/3 embed_dim, rounded up to a multiple of 32.
         dropout: probability of dropping an attention weight, and a feature before it joins the residual stream.
         tie_embeddings: whether the output projection is the embedding's transpose.
+        device, dtype: see `MultiHeadAttention`.
 
     The attribute `checkpoint_activations`, False at first, has training keep a layer's input alone for the backward
     pass and compute the rest again: less memory for a third more work. ValueError as in `MultiHeadAttention`.
@@ -118,6 +119,8 @@ class Transformer(nn.Module):
         hidden_dim: int | None = None,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         require_sizes(vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers)
@@ -136,6 +139,7 @@ class Transformer(nn.Module):
         if tie_embeddings:
             self.head.weight = self.embedding.weight
         self.reset_parameters()
+        self.to(device, dtype)
 
     def reset_parameters(self) -> None:
         """GPT-2's initialisation: normal, 0.02; what is added to the residual stream 1/sqrt(2 num_layers) of that."""
@@ -153,6 +157,7 @@ class Transformer(nn.Module):
     block_size = setting("block_size", "None for dense attention, else the block size of blockwise attention")
     query_scaling = setting("query_scaling", "None, or a `QueryScaling` such as `LogNScaling`")
     distance_bias = setting("distance_bias", "None, or a `DistanceBias` such as `SoftTail`")
+    cp_mesh = setting("cp_mesh", "None, or the `DeviceMesh` of context parallelism: tokens and logits are of one rank")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), property):

@@ -31,8 +31,8 @@ class XPOS(RotaryEmbedding):
         base, interleaved: see `RotaryEmbedding`.
 
     `scale` holds zeta as a float32 buffer, (head_dim / 2,), so that state dicts are those of torchscale and zeta.
-    Nothing is computed from it; loading other values is an error. ValueError if scale_base is not positive, or as
-    `RotaryEmbedding`.
+    Nothing is computed from it: a state dict may lack it, as RoPE's do; loading other values is an error. ValueError if
+    scale_base is not positive, or as `RotaryEmbedding`.
     """
 
     scale: Tensor
@@ -74,7 +74,8 @@ class XPOS(RotaryEmbedding):
         Row j is rotated by position offset + j and scaled by zeta^(e/scale_base) with the length-centred
         e = offset + j - (seq_len + offset + 1) // 2; `downscale`, for keys, scales by the inverse. Queries and keys
         therefore fit together if seq_len + offset is the same for both. The factors grow with seq_len, as theirs do,
-        and overflow at about 140 scale_base rows in float32 and 17 in float16. `rotate` needs no such care.
+        and overflow at about 140 scale_base rows in float32 and 17 in float16. `rotate` needs no such care: it takes
+        queries and keys with the positions of both; the numbers that all of this follows from are `rates`.
 
         ValueError if x is no floating-point tensor of that width, or offset is neither an integer from 0 on nor an
         integer tensor with one element.
@@ -92,11 +93,11 @@ class XPOS(RotaryEmbedding):
 
 
 def replace_scale(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Before a state dict is loaded: a `scale` that is zeta up to its dtype becomes zeta, another is an error."""
+    """Before a state dict is loaded: a `scale` that is missing or, up to its dtype, zeta becomes zeta; others fail."""
     assert isinstance(module, XPOS)
-    loaded = state_dict.get(prefix + "scale")
     own = torch.tensor(zetas(module.head_dim), dtype=torch.float32, device="cpu")
-    if loaded is None or loaded.shape != own.shape or loaded.is_meta:
+    loaded = state_dict.setdefault(prefix + "scale", own if module.scale.is_meta else own.to(module.scale.device))
+    if loaded.shape != own.shape or loaded.is_meta:
         return
     if not torch.allclose(loaded.float().cpu(), own, rtol=torch.finfo(torch.bfloat16).eps):
         args[-1].append(

@@ -1,0 +1,290 @@
+"""Ranks that share rows compute what one process does on whole rows: outputs, gradients, a training.
+
+Four processes are spawned once and make all claims, one after the other; a test fails if its claim did on any rank.
+Four others train.
+"""
+
+import os
+import random
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from reference import (
+    DTYPES,
+    LearnedBias,
+    Operations,
+    block,
+    difference,
+    double,
+    model,
+    normal,
+    roundoff,
+    tokens,
+)
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.multiprocessing.spawn import spawn
+
+from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, ScaleInvariant, SoftTail
+
+RANKS = 4
+PATIENCE = timedelta(minutes=5)  # of a collective, while others compile
+CASES = 24
+Claim = Callable[[dict[int, DeviceMesh]], None]
+
+
+def shard(mesh: DeviceMesh, t: Tensor) -> Tensor:
+    return t.chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
+
+
+def assert_same_as_alone(
+    module: Any, mesh: DeviceMesh, x: Tensor, run: Callable[..., Tensor] | None = None, **settings: Any
+) -> None:
+    """Of `module` with the mesh and without: outputs, and gradients by x (if it has any) and by all parameters.
+
+    In another order of sums: up to 100 roundoffs of the largest are between them, for a gradient may be a sum that
+    cancels.
+    """
+    mine = shard(mesh, x).detach().requires_grad_(x.requires_grad)
+    own = {name: None if value is None else shard(mesh, value) for name, value in settings.items()}
+
+    def results(output: Tensor, x: Tensor, upstream: Tensor) -> list[Tensor]:
+        inputs = [t for t in (x, *module.parameters()) if t.requires_grad]
+        return [output, *torch.autograd.grad(output, inputs, upstream)]
+
+    module.cp_mesh = None
+    alone = module(x, **settings)
+    upstream = normal(99, *alone.shape, dtype=alone.dtype)
+    expected = results(alone, x, upstream)
+    module.cp_mesh = mesh
+    found = results((module if run is None else run)(mine, **own), mine, shard(mesh, upstream))
+    whole = 2 if x.requires_grad else 1  # what follows is of parameters
+    for t in found[whole:]:
+        dist.all_reduce(t, group=mesh.get_group())
+    largest = max(t.norm().item() for t in expected)
+    for ours, right in zip(found, [*(shard(mesh, t) for t in expected[:whole]), *expected[whole:]], strict=True):
+        assert ours.shape == right.shape
+        assert difference(ours, right) <= 100 * roundoff(right.dtype) * largest
+
+
+def outputs_and_all_gradients_of_a_block_are_those_of_one_process(meshes):
+    """Random lengths, from one block a rank on; grouped heads; documents, biases and factors by position."""
+    draw = random.Random(0).choice
+    for case in range(CASES):
+        mesh, w, h = meshes[draw([1, 2, 4])], draw([1, 2, 5, 8]), 4
+        positions = draw([XPOS, RotaryEmbedding, partial(XPOS, scale_base=0.3), partial(XPOS, max_wavelength=50)])
+        bias = draw([None, None, SoftTail(2.0, 5), ScaleInvariant(3.0), LearnedBias()])
+        documents = draw([True, False])
+        scaling = None if documents else draw([None, LogNScaling(0.5, 3)])
+        options = {"num_kv_heads": draw([1, 2, 4]), "bias": draw([True, False]), "block_size": w}
+        module = block(32, h, scaling, bias, positions=positions, **options).to(draw(DTYPES[:2]))
+        b, n = draw([1, 3]), w * draw([1, 2, 3, 7]) * mesh.size()
+        x = normal(case, b, n, 32, dtype=module.q_proj.weight.dtype).requires_grad_()
+        ids = tokens(b, n, below=5 * n).sort().values // (3 * w) if documents else None
+        assert_same_as_alone(module, mesh, x, document_ids=ids)
+
+
+def a_model_of_local_layers_that_differ_trains_as_in_one_process(meshes):
+    xpos, words = partial(XPOS, scale_base=8), tokens(2, 96)
+    transformer = double(model(3, positions=[xpos, RotaryEmbedding, xpos], block_size=[4, 8, 8], num_kv_heads=2))
+    for transformer.checkpoint_activations in (False, True):
+        for ids in (None, (torch.arange(96) // 7).expand(2, -1)):
+            assert_same_as_alone(transformer, meshes[4], words, document_ids=ids)
+
+
+def the_first_rank_sees_itself_alone_and_the_others_one_block_to_the_left(meshes):
+    mesh, w = meshes[4], 4
+    module, x = block(block_size=w).requires_grad_(False), shard(mesh, normal(0, 2, 12 * RANKS, 32))
+    alone = module(x)
+    module.cp_mesh = mesh
+    before = module(x)
+    changed = (before != alone).any(-1)
+    assert torch.equal(changed[:, w:], torch.zeros_like(changed[:, w:]))
+    assert changed[:, :w].all() == changed.any() == (mesh.get_local_rank() > 0)
+    x[:, -w - 1] = 9  # on every rank: too far from the next to be seen
+    assert torch.equal(module(x)[:, :w], before[:, :w])
+    x[:, -w] = 9
+    assert (module(x)[:, :w] != before[:, :w]).any() == (mesh.get_local_rank() > 0)
+
+
+def no_tensor_is_larger_than_those_of_the_shard_and_one_block(meshes):
+    mesh, w, n = meshes[4], 8, 80
+    module, x = block(block_size=w), normal(0, 2, n + w, 32)
+    largest = []
+    for mine, module.cp_mesh in ((x, None), (x[:, w:], mesh)):
+        with Operations() as seen:
+            module(mine).sum().backward()
+        largest.append(seen.largest)
+    assert largest[1] <= largest[0]
+
+
+def compiled_the_exchange_is_a_part_of_the_graph(meshes):
+    from torch._dynamo.utils import counters
+
+    if dist.get_rank() >= 2:  # two ranks have all that there is, and compiling takes long
+        return
+    torch._dynamo.reset()
+    counters.clear()
+    module = double(block(block_size=4, num_kv_heads=2))
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (40, 80, 56):
+        ids, x = (torch.arange(n) // 7).expand(2, -1), normal(n, 2, n, 32, dtype=torch.float64).requires_grad_()
+        assert_same_as_alone(module, meshes[2], x, compiled, document_ids=ids)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def what_cannot_be_cut_is_refused_before_anything_is_sent(meshes):
+    module: Any = block(block_size=4)
+    x = torch.zeros(2, 8, 32)
+    for wrong in (2, "cp", init_device_mesh("cpu", (2, 2)), dist.group.WORLD):
+        with pytest.raises(ValueError, match="cp_mesh must be a DeviceMesh of one dimension, or None, got"):
+            module.cp_mesh = wrong
+    module.cp_mesh = meshes[4] if dist.get_rank() else meshes[2]  # whose others do not answer
+    for n in (0, 3, 9):
+        with pytest.raises(ValueError, match=f"seq_len must be a multiple of block_size=4 with cp_mesh, got {n}"):
+            module(torch.zeros(2, n, 32))
+    with pytest.raises(ValueError, match="cache must be None with cp_mesh"):
+        module(x, module.make_cache(2))
+    module.block_size = None
+    with pytest.raises(ValueError, match="block_size must be set with cp_mesh, got None"):
+        module(x)
+    transformer = model(2, block_size=[4, None])
+    transformer.cp_mesh = meshes[4]
+    with pytest.raises(ValueError, match="block_size must be set with cp_mesh, got None"):
+        transformer(tokens(2, 8))
+
+
+def a_rank_that_dies_ends_the_others_with_an_error(meshes):
+    """The last of the claims, for what it leaves."""
+    module, x = block(block_size=4), torch.zeros(2, 8, 32)
+    module.cp_mesh = meshes[4]
+    module(x).sum().backward()
+    if dist.get_rank() == 1:
+        os._exit(0)
+    with pytest.raises(RuntimeError):
+        module(x).sum().backward()
+
+
+CLAIMS: list[Claim] = [
+    outputs_and_all_gradients_of_a_block_are_those_of_one_process,
+    a_model_of_local_layers_that_differ_trains_as_in_one_process,
+    the_first_rank_sees_itself_alone_and_the_others_one_block_to_the_left,
+    no_tensor_is_larger_than_those_of_the_shard_and_one_block,
+    compiled_the_exchange_is_a_part_of_the_graph,
+    what_cannot_be_cut_is_refused_before_anything_is_sent,
+    a_rank_that_dies_ends_the_others_with_an_error,
+]
+
+
+def make_claims(rank: int, folder: Path) -> None:
+    """Each claim's failure, or nothing, in a file of its name and the rank."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=PATIENCE)
+    meshes = {
+        size: init_device_mesh("cpu", (RANKS // size, size), mesh_dim_names=("dp", "cp"))["cp"] for size in (1, 2, 4)
+    }
+    for claim in CLAIMS:
+        result = folder / f"{claim.__name__}-{rank}"
+        result.write_text("it died")
+        try:
+            claim(meshes)
+            result.write_text("")
+        except Exception:
+            result.write_text(traceback.format_exc())
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def claimed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("claims")
+    spawn(make_claims, (folder,), nprocs=RANKS)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.__name__)
+def test_on_every_rank(claim, claimed):
+    for rank in range(RANKS):
+        failure = (claimed / f"{claim.__name__}-{rank}").read_text()
+        died = claim is a_rank_that_dies_ends_the_others_with_an_error and rank == 1
+        assert failure == ("it died" if died else ""), f"rank {rank}: {failure}"
+
+
+LENGTH, STEPS = 32, 20
+DDP = ("--trainer.strategy=ddp",)
+FSDP = (
+    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
+    "--trainer.strategy.data_parallel_size=4",
+    "--trainer.strategy.tensor_parallel_size=1",
+    "--trainer.strategy.save_distributed_checkpoint=false",
+)
+# Devices, of which so many share a window, and how the others are trained with.
+TRAININGS = {"two": (2, 2, DDP), "four": (4, 4, DDP), "pairs": (4, 2, FSDP)}
+
+
+def train(
+    folder: Path, name: str, devices: int = 1, sharing: int = 1, strategy: tuple[str, ...] = (), **more: Any
+) -> None:
+    """Twenty steps in float64, of windows that most often have several documents."""
+    from test_devices import BothRanks
+    from tiny import options
+
+    from train.__main__ import main
+    from train.data import TextData
+
+    changes: dict[str, Any] = {
+        "trainer__max_steps": STEPS,
+        "trainer__val_check_interval": 10,
+        "trainer__callbacks": "[]",
+    }
+    changes |= {"data__context_length": LENGTH, "data__separate_documents": "true", "trainer__devices": devices}
+    changes |= {"model__num_layers": 2, "model__block_size": "[4, 8]", "model__context_parallel_size": sharing} | more
+    command = ["fit", *options(folder, name=name, **changes), "--trainer.callbacks+=test_devices.Double", *strategy]
+    main(command, data=BothRanks if name.endswith("on both batches") else TextData)
+
+
+def train_together(rank: int, folder: Path, ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    for port, (name, (devices, *how)) in zip(ports, TRAININGS.items(), strict=True):
+        if rank < devices:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+            train(folder, name, devices, *how)
+            dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_devices_that_share_windows_train_as_one_does_and_one_goes_on_from_four(tmp_path):
+    from tiny import metrics, read_checkpoint, write_corpus
+
+    write_corpus(tmp_path / "corpus", size=40)
+    for name in ("one", "one on both batches"):  # which makes the cache of tokens, too
+        train(tmp_path, name)
+    spawn(train_together, (tmp_path, [free_port() for _ in TRAININGS]), nprocs=RANKS)
+    runs = {name: tmp_path / "runs" / name / "seed1" for name in ("one", "one on both batches", *TRAININGS)}
+    for name, (devices, sharing, _) in TRAININGS.items():
+        expected = runs["one" if devices == sharing else "one on both batches"]
+        for part, weight in read_checkpoint(expected)["state_dict"].items():
+            torch.testing.assert_close(read_checkpoint(runs[name])["state_dict"][part], weight, rtol=1e-9, atol=1e-12)
+        for column in ("train_nats_per_token", "val_nats_per_token"):
+            losses = metrics(expected, column)
+            assert len(losses) == (STEPS if column.startswith("train") else 2)
+            if devices == sharing or column.startswith("val"):  # else the one logs a mean over more
+                assert metrics(runs[name], column) == pytest.approx(losses, rel=1e-6)  # the log is written in float32
+    train(tmp_path, "longer", trainer__max_steps=STEPS + 1, checkpoint=runs["four"])
+    assert read_checkpoint(tmp_path / "runs" / "longer" / "seed1")["global_step"] == STEPS + 1
