@@ -103,7 +103,10 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "occurrence": ("context_use", occurrence_table),
     "resolution": ("context_use", resolution_table),
     "recall": ("recall", recall_table),
-    "long-thresholds": ("recipes_loss", lambda results: listed(verdicts(results, LONG_THRESHOLDS))),
+    "long-thresholds": (
+        "recipes_loss",
+        recipes_of("headline", "loss", lambda results: listed(verdicts(results, LONG_THRESHOLDS))),
+    ),
     "recall-thresholds": ("recipes_recall", lambda results: listed(recall_verdicts(results))),
     "longer-recall-thresholds": ("longer_recall", lambda results: listed(recall_verdicts(results))),
     "longer-recall": ("longer_recall", recipes_of("other", "right", recall_by_seed)),
