@@ -216,6 +216,8 @@ def main(args: list[str] | None = None, data: type[Any] = TextData, prog: str = 
         "re using the WeightAveraging callback",  # of averaged weights: they are what a checkpoint's state_dict holds
     ):
         warnings.filterwarnings("ignore", f".*{noise}")
+    # Where jsonargparse saves a list as a function, which it is not: as an error, it goes on to what it is.
+    warnings.filterwarnings("error", "(?s).*Unable to serialize instance")
     for part in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(part).setLevel(logging.WARNING)
     set_parsing_settings(import_path_denylist=[])  # jsonargparse's own list, such as os and subprocess, in force

@@ -66,7 +66,7 @@ class LanguageModel(L.LightningModule):
     def __init__(
         self,
         context_length: int,
-        positions: list[Positions] | Positions = XPOS,  # in this order, or jsonargparse saves no list
+        positions: Positions | list[Positions] = XPOS,
         scale_base: float | None = None,
         embed_dim: int = 128,
         num_layers: int = 4,
