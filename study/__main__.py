@@ -19,7 +19,7 @@ from study import recall
 from study.context_use import MODES, measure_context_use
 from study.encodings import rescaled_modes
 from study.recall import DISTRACTORS, measure_recall
-from study.recipes import HEADLINE, PARTIAL, Options, ablations, hybrids, recipes
+from study.recipes import HEADLINE, Options, ablations, hybrids, recipes
 from study.tables import RESULTS, write_document
 from train.__main__ import main as train
 from train.errors import UserError, command
@@ -95,8 +95,6 @@ class Study(NamedTuple):
         asked = self.trainings(some(on_task, *HEADLINE), seeds, "recall")
         asked_more = {name: options for name, options in on_task.items() if name not in HEADLINE}
         asked_more |= hybrids(task_length, *task_sizes)
-        steps = 2 * (config("cpu") | config(task))["trainer"]["max_steps"]
-        longer = {f"{PARTIAL}, {steps} steps": {**on_task[PARTIAL], "trainer.max_steps": steps}}
 
         dense, _, _, bca, *_ = modes = standard_modes(length)
         soft = [standard_modes(length, log_n=c)[1] for c in LOG_N] + [standard_modes(length, tail=p)[2] for p in TAILS]
@@ -113,7 +111,6 @@ class Study(NamedTuple):
             Measurement("recall", recalls, standard_modes(task_length), measure_recall),
             Measurement("recipes_loss", headline, [dense], measure_loss),
             Measurement("recipes_recall", asked, [dense], far),
-            Measurement("longer_recall", self.trainings(longer, seeds, "recall"), [dense], far),
             Measurement("recipes_use", headline, [dense], measure_context_use),
             Measurement("recipes_loss", more, [dense], measure_loss),
             Measurement("recipes_recall", self.trainings(asked_more, first, "recall"), [dense], far),

@@ -108,8 +108,6 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
         recipes_of("headline", "loss", lambda results: listed(verdicts(results, LONG_THRESHOLDS))),
     ),
     "recall-thresholds": ("recipes_recall", lambda results: listed(recall_verdicts(results))),
-    "longer-recall-thresholds": ("longer_recall", lambda results: listed(recall_verdicts(results))),
-    "longer-recall": ("longer_recall", recipes_of("other", "right", recall_by_seed)),
     "recipes": ("recipes_loss", recipes_of("headline", "loss", loss_table)),
     "recipes-rise": ("recipes_loss", recipes_of("headline", "loss", rise_table)),
     "recipes-other": ("recipes_loss", recipes_of("other", "loss", loss_table)),

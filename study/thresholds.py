@@ -159,12 +159,11 @@ def verdicts(results: Results, thresholds: Sequence[Threshold] = tuple(THRESHOLD
 
 
 def recall_verdicts(results: Results) -> list[str]:
-    """For each distance that has a threshold, the worst seed of the recommended recipe, however long it was trained."""
-    right, found = results.tables["right"].query("distractors == 'growing'"), []
-    (recipe,) = {name for name in right["encoding"] if name.startswith(PARTIAL)}
+    """For each distance that has a threshold, the worst seed of the recommended recipe."""
+    right, found = results.tables["right"].query(f"distractors == 'growing' and encoding == '{PARTIAL}'"), []
     for multiple, least in RECALLED.items():
-        at = right.query(f"encoding == '{recipe}' and distance == {multiple * results.length}")
+        at = right[right["distance"] == multiple * results.length]
         worst = min(100 * at["right"] / at["asked"], default=math.nan)
-        told = f"recall, {recipe} at {multiple} L at least {least} % in the worst of {len(at)} seeds: {worst:.1f} %"
+        told = f"recall, {PARTIAL} at {multiple} L at least {least} % in the worst of {len(at)} seeds: {worst:.1f} %"
         found.append(f"{'not measured' if at.empty else 'met' if worst >= least else 'MISSED'}: {told}")
     return found
