@@ -60,6 +60,11 @@ def lower_right(xpos: XPOS) -> Attention:
     return in_windows(xpos, lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=bias))
 
 
+def masked(xpos: XPOS) -> Attention:
+    mask = torch.ones(BLOCK, 2 * BLOCK, dtype=torch.bool, device=xpos.scale.device).tril(BLOCK)
+    return in_windows(xpos, lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
 def varlen(xpos: XPOS) -> Attention:
     from torch.nn.attention.varlen import varlen_attn  # half precision on CUDA alone
 
@@ -97,6 +102,7 @@ def contenders(device: str, dense: bool) -> dict[str, Callable[[], Attention]]:
     zoo: dict[str, Callable[[], Attention]] = {
         "ours": partial(ours, xpos, BLOCK),
         "lower right": partial(lower_right, xpos),
+        "mask": partial(masked, xpos),
     }
     if device == "cuda":
         zoo |= {"varlen": partial(varlen, xpos), "flex": partial(flex, xpos)}

@@ -3,18 +3,21 @@
 Each part is a process of its own with a bound on its time. How it ended is kept in results/gpu.json as it comes, and
 what it measured beside it: a part that is done is not run again; one that failed or was cut short stops no other, and
 is tried again after those that were not (the study then goes on, others begin anew). At the end docs/performance.md
-gets the tables, and a table of parts is printed. `--toy` runs all on a CPU, in sizes that mean nothing.
+gets the tables, and a table of parts is printed. `--toy` runs all but the study on a CPU, in sizes that mean nothing.
 """
 
 import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from benchmarks.harness import RESULTS, table
 
@@ -34,7 +37,7 @@ class Part(NamedTuple):
 STUDY = "--size {} --output runs/study-gpu --results runs/study-gpu/results"
 PARTS = {
     "tests": Part(6, "pytest", "-m gpu -q", "-m gpu -q tests/test_attention.py"),
-    "launches": Part(3, "benchmarks.launches", "--device cuda", "--help"),
+    "launches": Part(3, "benchmarks.launches", "--device cuda", ""),
     "rotation": Part(
         8,
         "benchmarks.rotary",
@@ -51,10 +54,13 @@ PARTS = {
         6,
         "benchmarks.blockwise",
         "--device cuda --dtype bfloat16 --seconds 0.3 --dense-limit 65536",
-        "--seconds 0 --lengths 1024",
+        "--dtype bfloat16 --seconds 0 --lengths 1024",
     ),
     "decoding": Part(
-        5, "benchmarks.decode", "--device cuda --dtype bfloat16 --seconds 0.3", "--seconds 0 --positions 8"
+        5,
+        "benchmarks.decode",
+        "--device cuda --dtype bfloat16 --seconds 0.3",
+        "--dtype bfloat16 --seconds 0 --positions 8",
     ),
     "memory": Part(
         5,
@@ -72,7 +78,7 @@ PARTS = {
         8,
         "benchmarks.rotary",
         "--device cuda --seconds 0.2 --dtypes float32 --lengths 4096 16384",
-        "--help",
+        "--seconds 0 --dtypes float32 --lengths 8",
     ),
     "study": Part(60, "study", STUDY.format("gpu"), "--help"),
 }
@@ -80,13 +86,13 @@ PARTS = {
 
 def run(name: str, part: Part, seconds: float, toy: bool, results: Path) -> dict[str, Any]:
     """How the part ended: done, failed or cut short; in how many seconds; and the last that it said."""
-    command = [sys.executable, "-m", part.module, *(part.toy if toy else part.options).split()]
+    command = [sys.executable, "-m", part.module, *shlex.split(part.toy if toy else part.options)]
     print(f"\n{name}: python -m {' '.join(command[2:])}, at most {seconds:.0f} s", flush=True)
     environment = os.environ | {"BENCHMARK_RESULTS": str(results)}
-    if toy and part.module != "benchmarks.decode":  # which asks for one graph
+    if toy and part.module not in ("benchmarks.decode", "benchmarks.launches"):  # which ask for graphs
         environment["TORCH_COMPILE_DISABLE"] = "1"
     log, begun = results / f"gpu-{name.replace(' ', '-')}.log", time.monotonic()
-    with log.open("a") as output:
+    with log.open("w") as output:
         try:
             code = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output, timeout=seconds)
             how = "done" if code.returncode == 0 else f"failed ({code.returncode})"
@@ -127,10 +133,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--minutes", default=9.0, type=float, help="for this call")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), help="some of the parts")
+    parser.add_argument("--paths", help="text to train the study's models on, as `python -m study` takes it")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--results", type=Path, help="by default benchmarks/results, or runs/gpu-toy")
     options = parser.parse_args()
+    if not (options.toy or torch.cuda.is_available()):
+        parser.error("torch sees no CUDA device, and all tests would be skipped; --toy runs without one")
     parts = {name: part for name, part in PARTS.items() if not options.only or name in options.only}
+    if options.paths and "study" in parts:
+        study = parts["study"]
+        parts["study"] = study._replace(options=f"{study.options} --paths {shlex.quote(options.paths)}")
     results = options.results or (ROOT / "runs" / "gpu-toy" if options.toy else RESULTS)
     rows = run_all(parts, options.minutes, options.toy, results.resolve())
     if results == RESULTS:

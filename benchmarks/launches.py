@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from benchmarks.harness import publish
+from benchmarks.harness import publish, record
 from xpos_zoo import XPOS, MultiHeadAttention, Transformer
 
 CALLS = {
@@ -41,6 +41,7 @@ def main() -> None:
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
     q, k = (torch.randn(2, TOKENS, HEADS, WIDTH // HEADS, **options) for _ in range(2))
     xpos, at = XPOS(WIDTH // HEADS).to(device), torch.arange(TOKENS, device=device)
+    settings = {"embed_dim": WIDTH, "heads": HEADS, "tokens": TOKENS, "block_size": BLOCK}
     rows = [{"compiled": "q and k rotated"} | counted(lambda q, k: xpos.rotate(q, k, at[:, None], at[:, None]), q, k)]
     words = torch.zeros(2, TOKENS, dtype=torch.int64, device=device)
     for name, block_size in (("dense", None), ("blockwise", BLOCK)):
@@ -51,7 +52,8 @@ def main() -> None:
         rows.append({"compiled": f"block, {name}"} | counted(block, x))
         rows.append({"compiled": f"4-layer model, {name}"} | counted(model, words))
         rows.append({"compiled": f"4-layer model, a decoded token, {name}"} | counted(model, words[:, :1], cache))
-    publish("launches", device, {"embed_dim": WIDTH, "heads": HEADS, "tokens": TOKENS, "block_size": BLOCK}, rows)
+        record("launches", device, settings, rows)
+    publish("launches", device, settings, rows)
 
 
 if __name__ == "__main__":

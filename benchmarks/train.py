@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from benchmarks.harness import milliseconds, publish
+from benchmarks.harness import milliseconds, publish, record
+from train.callbacks import training_flops
 from train.language_model import LanguageModel
 
 SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {  # context length, batch size, model
@@ -79,13 +80,6 @@ def bare_round(module: LanguageModel, data: DataLoader, precision: Any, device: 
     return ends.milliseconds
 
 
-def flops_a_step(module: LanguageModel, batch: int, length: int) -> float:
-    """6 a weight and token, and 6 d (n + 1) a layer and token for causal attention's two products."""
-    weights = sum(p.numel() for name, p in module.named_parameters() if "norm" not in name)
-    attention = sum(6 * a.num_heads * a.head_dim * (length + 1) for a in module.transformer.attentions)
-    return batch * length * (6.0 * weights + attention)
-
-
 def matrix_product_rate(dtype: torch.dtype) -> float:
     """Floating-point operations a second of an 8192^3 matrix product."""
     a, b = (torch.randn(8192, 8192, dtype=dtype, device="cuda") for _ in range(2))
@@ -108,19 +102,21 @@ def main() -> None:
     windows = torch.randint(256, (batch * options.steps, length + 1))
     data = DataLoader(windows, batch_size=batch)  # type: ignore[arg-type]
     times: dict[str, list[float]] = {"lightning": [], "bare": []}
-    for _ in range(options.rounds):
+    for rounds in range(1, options.rounds + 1):
         for name, one_round in (("lightning", lightning_round), ("bare", bare_round)):
             times[name] += one_round(module, data, options.precision, options.device)[5:]
             print(name, f"{statistics.median(times[name]):.2f} ms a step", flush=True)
-    step = {name: statistics.median(each) for name, each in times.items()}
-    row: dict[str, Any] = {"size": options.size, "precision": options.precision}
-    row["lightning / bare"] = step["lightning"] / step["bare"]
-    if options.device == "cuda":
-        rate = flops_a_step(module, batch, length) / (step["lightning"] / 1000)
-        reached = matrix_product_rate(torch.bfloat16 if options.precision == "bf16-mixed" else torch.float32)
-        row["tokens a second"] = batch * length / (step["lightning"] / 1000)
-        row["share of the matrix product's rate"] = rate / reached
-    publish(f"train-{options.size}", options.device, {"batch_size": batch, "context_length": length, **model}, [row])
+        row: dict[str, Any] = {"size": options.size, "precision": options.precision}
+        step = {name: statistics.median(each) for name, each in times.items()}
+        row["lightning / bare"] = step["lightning"] / step["bare"]
+        if options.device == "cuda":
+            rate = batch * length * training_flops(module.transformer, length) / (step["lightning"] / 1000)
+            reached = matrix_product_rate(torch.bfloat16 if options.precision == "bf16-mixed" else torch.float32)
+            row["tokens a second"] = batch * length / (step["lightning"] / 1000)
+            row["share of the matrix product's rate"] = rate / reached
+        settings = {"batch_size": batch, "context_length": length, "rounds": rounds, **model}
+        record(f"train-{options.size}", options.device, settings, [row])
+    publish(f"train-{options.size}", options.device, settings, [row])
 
 
 if __name__ == "__main__":

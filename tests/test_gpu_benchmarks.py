@@ -1,17 +1,20 @@
 """`python -m benchmarks.gpu`: the order of parts, their bounds, going on, failures, and the document's tables."""
 
 import json
+import shlex
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.gpu import PARTS, ROOT, Part, filled, run_all
+import benchmarks.gpu
+from benchmarks.gpu import MARKED, PARTS, ROOT, Part, filled, main, run_all
 
 
 def part(code: str, minutes: float = 1.0) -> Part:
-    """A part that runs some Python, by the one module that takes code without spaces."""
-    return Part(minutes, "timeit", "", f"-n1 -r1 {code}")
+    """A part that runs some Python."""
+    return Part(minutes, "timeit", "", f"-n1 -r1 {shlex.quote(code)}")
 
 
 def told(rows: list[dict]) -> dict[str, str]:
@@ -51,9 +54,29 @@ def test_the_document_has_a_table_of_what_was_measured_and_says_what_was_not(tmp
     assert filled(document) == document
 
 
+def test_without_a_gpu_nothing_is_recorded_as_done(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu", "--results", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main()
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_text_of_the_study_is_handed_on(tmp_path: Path, monkeypatch):
+    ran: dict[str, Part] = {}
+    monkeypatch.setattr("sys.argv", ["gpu", "--results", str(tmp_path), "--paths", '["a b/**/*.py"]'])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(benchmarks.gpu, "run_all", lambda parts, *_: ran.update(parts) or [])
+    main()
+    assert list(ran) == list(PARTS)
+    assert shlex.split(ran["study"].options)[-2:] == ["--paths", '["a b/**/*.py"]']
+
+
 @pytest.mark.slow
 def test_every_part_runs_at_toy_size(tmp_path: Path):
     rows = run_all(PARTS, 10, True, tmp_path)
     assert set(told(rows).values()) == {"done"}, rows
     written = {path.name for path in tmp_path.glob("*-cpu.json")}
-    assert len(written) == 6, written
+    document = (ROOT / "docs" / "performance.md").read_text().replace("train-124M", "train-demo")
+    assert written == {f"{name}-cpu.json" for name in MARKED.findall(document)}  # the names of its tables
