@@ -288,6 +288,24 @@ def test_the_pages_examples_run_one_after_the_other(tmp_path, monkeypatch):
     assert Transformer.from_pretrained("my_blockwise_model").block_size == 32
 
 
+def test_a_loop_by_hand_may_call_the_cache_past_key_values(both):
+    _, theirs = both
+    words = tokens(2, 20)
+    expected, before = theirs(words).logits, theirs(words[:, :15], use_cache=True).past_key_values
+    for i in range(15, 20):
+        output = theirs(words[:, i : i + 1], past_key_values=before)
+        assert relative_error(output.logits, expected[:, i : i + 1]) < CONTRACT
+        before = output.past_key_values
+
+
+def test_a_model_that_transformers_wrote_in_pieces_is_read(both, tmp_path):
+    ours, theirs = both
+    theirs.save_pretrained(tmp_path / "pieces", max_shard_size="20KB")
+    assert not (tmp_path / "pieces" / "model.safetensors").exists()
+    words = tokens(2, 9)
+    assert torch.equal(Transformer.from_pretrained(tmp_path / "pieces")(words), ours(words))
+
+
 @pytest.mark.soak
 def test_lm_eval_measures_our_bits_a_byte(both, tmp_path):
     """In windows of 64 bytes, of which the last begins early enough to be as long."""

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from xpos_zoo.pretrained import HEADER, TransformerConfig
-from xpos_zoo.transformer import Transformer
+from xpos_zoo.transformer import Transformer, check_tokens
 from xpos_zoo.xpos import XPOS
 
 NAMES = {field.name for field in dataclasses.fields(TransformerConfig)}
@@ -87,7 +87,7 @@ class XposCache(Cache):
 class XposForCausalLM(PreTrainedModel, GenerationMixin):
     """A `Transformer`, `model`, that transformers loads, generates from, trains and saves, in the same folders.
 
-    ValueError as from `Transformer.from_config`.
+    Errors are those of `Transformer.from_config`.
     """
 
     config_class = XposConfig
@@ -145,6 +145,7 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
+        past_key_values: XposCache | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (b, n, vocab_size), or only of the last `logits_to_keep` tokens, or of those at these places.
@@ -154,6 +155,7 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: 0 for padding, anywhere in a row, (b, tokens in the cache + n).
             cache: what came before, of an earlier output. It has no gradient, and is made only if use_cache is true.
             labels: (b, n), -100 for none; the loss is that of each token by those before it.
+            past_key_values: what transformers called the cache before.
             others: of the loss, such as num_items_in_batch. position_ids change nothing.
 
         ValueError if one of these has another shape, or input_ids are not below vocab_size.
@@ -161,8 +163,10 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds must be given, not both")
         model, x = self.model, inputs_embeds
+        cache = past_key_values if cache is None else cache
         if x is None:
             assert input_ids is not None
+            check_tokens(input_ids)
             try:
                 x = model.embedding(input_ids)
             except IndexError as error:

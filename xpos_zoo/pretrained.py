@@ -120,8 +120,11 @@ def read_folder(folder: Path, make: Callable[[TransformerConfig], Any], device: 
     with errors_naming(folder / CONFIG), torch.device("meta"):
         config = read_config(folder / CONFIG)
         model = make(config)
-    with errors_naming(folder / WEIGHTS):
-        weights = torch_files.load_file(folder / WEIGHTS, device=str(device))
+    files = [folder / WEIGHTS]
+    if not files[0].exists():
+        files = sorted(folder.glob("model-*-of-*.safetensors")) or files  # as transformers cuts a large model
+    with errors_naming(files[0]):
+        weights = {k: v for file in files for k, v in torch_files.load_file(file, device=str(device)).items()}
         if config.tie_embeddings:
             weights["head.weight"] = weights["embedding.weight"]
         model.load_state_dict(weights, assign=True)
