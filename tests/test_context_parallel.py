@@ -161,6 +161,9 @@ def what_cannot_be_cut_is_refused_before_anything_is_sent(meshes):
     transformer.cp_mesh = meshes[4]
     with pytest.raises(ValueError, match="block_size must be set with cp_mesh, got None"):
         transformer(tokens(2, 8))
+    transformer.cp_mesh = [meshes[4], None]
+    with pytest.raises(ValueError, match="cp_mesh must be the same in all layers"):
+        transformer(tokens(2, 8))
 
 
 def a_rank_that_dies_ends_the_others_with_an_error(meshes):

@@ -225,6 +225,8 @@ def plan_layers(
         if any(layer.query_scaling is not None for layer in layers):
             raise ValueError("document_ids must be None with query_scaling, which counts the keys of a whole row")
         ids = ids if padding is None else ids.gather(1, padding.order[..., 0])
+    if any(layer.cp_mesh != layers[0].cp_mesh for layer in layers):
+        raise ValueError("cp_mesh must be the same in all layers: each gets a part of the tokens from the one before")
     for w in (layer.block_size for layer in layers if layer.cp_mesh is not None):
         if padding is not None:
             raise ValueError("key_padding_mask must be None with cp_mesh: tokens do not move to other ranks")
