@@ -89,12 +89,13 @@ class Study(NamedTuple):
         bases = sorted({length // 8, length // 4, length, 4 * length, 512})  # 512 is the authors'
         other = {f"scale_base {base}": {**on_text["xPos"], "scale_base": base} for base in bases}
         scaled = [xpos[0]._replace(encoding=f"scale_base {length // 2}"), *self.trainings(other, first)]
+        scaled.sort(key=lambda training: int(training.encoding.split()[1]))
         headline = self.trainings(some(on_text, *HEADLINE), seeds)
         rest = {name: options for name, options in on_text.items() if name not in HEADLINE}
         more = self.trainings(rest | hybrids(length, *sizes) | ablations(length), first)
         asked = self.trainings(some(on_task, *HEADLINE), seeds, "recall")
         asked_more = {name: options for name, options in on_task.items() if name not in HEADLINE}
-        asked_more |= hybrids(task_length, *task_sizes)
+        asked_more |= hybrids(task_length, *task_sizes) | ablations(task_length)
 
         dense, _, _, bca, *_ = modes = standard_modes(length)
         soft = [standard_modes(length, log_n=c)[1] for c in LOG_N] + [standard_modes(length, tail=p)[2] for p in TAILS]

@@ -8,8 +8,9 @@ from typing import Any
 
 Options = dict[str, Any]  # of train.language_model.LanguageModel
 
-PARTIAL = "partial xPos, ScaleInvariant"  # configs/long.yaml
-HEADLINE = ("RoPE", "xPos", PARTIAL, "p-RoPE, ScaleInvariant", "xPos, ScaleInvariant")
+PARTIAL = "partial xPos, ScaleInvariant"
+TAILED = f"{PARTIAL} with a tail"  # configs/long.yaml; what it adds changes nothing in training
+HEADLINE = ("RoPE", "xPos", TAILED, PARTIAL, "p-RoPE, ScaleInvariant", "xPos, ScaleInvariant")
 
 
 def recipes(length: int, num_heads: int) -> dict[str, Options]:
@@ -28,9 +29,11 @@ def recipes(length: int, num_heads: int) -> dict[str, Options]:
         ", ScalableSoftmax": {"query_scaling": {"name": "ScalableSoftmax", "trained_length": length}},
         ", ScaleInvariant": {"distance_bias": {"name": "ScaleInvariant"}},
     }
-    return {
+    found = {
         encoding + by: {"positions": positions[encoding], **logits[by]} for encoding, by in product(positions, logits)
     }
+    tail = {"name": "ScaleInvariant", "power": 1, "trained_length": length}
+    return found | {TAILED: {"positions": positions["partial xPos"], "distance_bias": tail}}
 
 
 def hybrids(length: int, num_heads: int, num_layers: int) -> dict[str, Options]:
@@ -52,7 +55,7 @@ def hybrids(length: int, num_heads: int, num_layers: int) -> dict[str, Options]:
 
 
 def ablations(length: int) -> dict[str, Options]:
-    """The recipe of configs/long.yaml with one thing changed."""
+    """Partial xPos with scale-invariant logits, with one thing changed."""
 
     def changed(positions: Options | None = None, tau: float = 10, **options: Any) -> Options:
         bias = {"name": "ScaleInvariant", "tau": tau}

@@ -84,7 +84,8 @@ def gain_and_bias(bias: DistanceBias, distance: Tensor) -> tuple[Tensor | int, T
     """
     if isinstance(bias, ScaleInvariant):
         logarithm = torch.log(distance.double() / bias.tau + 1)
-        return (2 * logarithm + 1).sqrt(), -2 * logarithm
+        tail = SoftTail(bias.power, bias.trained_length or 1)
+        return (2 * logarithm + 1).sqrt(), -2 * logarithm + gain_and_bias(tail, distance)[1]
     if isinstance(bias, SoftTail):
         logarithm = torch.log(distance.double() / bias.trained_length)
         return 1, torch.where(distance > bias.trained_length, -bias.power * logarithm, 0)

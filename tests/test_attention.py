@@ -57,7 +57,7 @@ encodings = st.builds(
     biases=st.just(()),
 )
 tails = st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 45))
-tails |= st.builds(ScaleInvariant, st.sampled_from([0.5, 10.0]))
+tails |= st.builds(ScaleInvariant, st.sampled_from([0.5, 10.0]), st.sampled_from([0.0, 2.0]), st.integers(1, 45))
 
 
 @pytest.mark.slow

@@ -65,21 +65,28 @@ class ScaleInvariant:
     """Logits whose share of far keys does not grow with their number, in training and after (arXiv 2505.17083).
 
     At distance t a score S becomes a_t S + 1 - a_t^2, where a_t^2 = 2 ln(t / tau + 1) + 1: if scores are normally
-    distributed, the keys between t and 2 t together weigh the same for every t above tau. ValueError if tau is not
-    positive and finite.
+    distributed, the keys between t and 2 t together weigh the same for every t above tau. From trained_length on that
+    sum, too, may converge: with a power above 0 the logit gets `SoftTail`'s -power ln(t / trained_length) added, which
+    changes nothing in training. ValueError if tau is not positive, or one is negative or not finite, or there is a
+    power without a trained_length.
     """
 
     tau: float = 10.0
+    power: float = 0.0
+    trained_length: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.tau < math.inf:
             raise ValueError(f"tau must be above 0 and finite, got {self.tau}")
+        if self.power or self.trained_length is not None:
+            check("power", self.power, self.trained_length or 0)
 
     def gain(self, distance: Tensor) -> Tensor:
         return (2 * torch.log1p(distance.clamp(min=0).float() / self.tau) + 1).sqrt()
 
     def __call__(self, distance: Tensor) -> Tensor:
-        return -2 * torch.log1p(distance.clamp(min=0).float() / self.tau)
+        bias = -2 * torch.log1p(distance.clamp(min=0).float() / self.tau)
+        return bias if self.trained_length is None else bias + SoftTail(self.power, self.trained_length)(distance)
 
 
 @dataclass(frozen=True)
