@@ -17,18 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from reference import (
-    DTYPES,
-    LearnedBias,
-    Operations,
-    block,
-    difference,
-    double,
-    model,
-    normal,
-    roundoff,
-    tokens,
-)
+from reference import DTYPES, LearnedBias, Operations, block, difference, double, model, normal, roundoff, tokens
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.multiprocessing.spawn import spawn

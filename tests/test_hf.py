@@ -248,10 +248,7 @@ def rewritten(folder: Path, **changes: Any) -> Path:
             lambda f, m: m(torch.tensor([[3, 300]])),
             "input_ids must be from 0 to 255, got 3 to 300: of another tokenizer?",
         ),
-        (
-            lambda f, m: m(tokens(2, 5), attention_mask=tokens(2, 4)),
-            "attention_mask must be (2, 5), got (2, 4)",
-        ),
+        (lambda f, m: m(tokens(2, 5), attention_mask=tokens(2, 4)), "attention_mask must be (2, 5), got (2, 4)"),
         (
             lambda f, m: m(tokens(2, 5), cache=transformers.DynamicCache()),
             "cache must be that of an earlier output, got Dyn",
