@@ -117,14 +117,3 @@ def test_a_forward_that_raises_leaves_the_cache_as_it_was(part, sizes, block_siz
     assert torch.equal(cache.length, untouched.length)
     for piece in words[:, seen:].split([0, 1, 5, 1, words.shape[1] - seen - 7], dim=1):
         assert torch.equal(transformer(piece, cache), transformer(piece, untouched))
-
-
-def test_a_hybrid_gives_the_same_from_a_cache_as_at_once():
-    """Local layers of xPos, and a global one of partial xPos that sharpens."""
-    local, everywhere = partial(XPOS, scale_base=4), partial(XPOS, scale_base=8, max_wavelength=40)
-    options = {"positions": [local, local, everywhere], "block_size": [4, 8, None], "num_kv_heads": 2}
-    transformer = model(3, query_scaling=[None, None, LogNScaling(0.3, 10)], **options).requires_grad_(False)
-    words = tokens(2, 50)
-    cache = transformer.make_cache(2, 50)
-    pieces = [transformer(piece, cache) for piece in words.split([17, 1, 1, 30, 1], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, 1), transformer(words), rtol=1e-5, atol=1e-5)
