@@ -227,7 +227,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
 
 encodings = st.builds(
     Encoding,
-    scale_base=st.sampled_from([None, 0.05, 0.3, 1, 8, 64, 512]),
+    scale_base=st.sampled_from([None, 0.05, 0.3, 1, 8, 512]),
     base=st.sampled_from([100.0, 10000.0]),
     interleaved=st.booleans(),
     max_wavelength=st.sampled_from([None, 7.0, 50.0]),
@@ -246,7 +246,8 @@ def assert_attends_exactly(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, mask
 
     outputs = (actual, *(attend(q, k, v, mask, encoding) for attend in (attention, plain_attention)))
     logit = logit_sizes(q, k, mask, encoding).max().item() if q.numel() else 0
-    assert_as_exact(tuple(map(with_gradients, outputs)), logit, encoding, q.dtype)
+    uncancelled = attention(q, k, v.abs(), mask, encoding).norm().item()  # a mean of many values may be small
+    assert_as_exact(tuple(map(with_gradients, outputs)), logit, encoding, q.dtype, size=uncancelled)
 
 
 class Channels(nn.Module):
@@ -265,7 +266,7 @@ def attending(
 ) -> tuple[MultiHeadAttention, Tensor]:
     """A block without weights, and x (b, n, (h + 2 g) d) from which it takes q (b, h, n, d) and k, v (b, g, n, d)."""
     (_, h, _, d), g = q.shape, k.shape[1]
-    module = MultiHeadAttention(d, h, num_kv_heads=g, head_dim=d, positions=lambda _: positions, **options)
+    module: Any = MultiHeadAttention(d, h, num_kv_heads=g, head_dim=d, positions=lambda _: positions, **options)
     module.embed_dim, module.out_proj, module.distance_bias = (h + 2 * g) * d, nn.Identity(), bias
     module.q_proj, module.k_proj = Channels(0, h * d), Channels(h * d, (h + g) * d)
     module.v_proj = Channels((h + g) * d, (h + 2 * g) * d)
@@ -338,19 +339,24 @@ def assert_block_is_exact(
 
 
 def assert_as_exact(
-    results: tuple[list[Tensor], ...], logit: float, encoding: Encoding, dtype: torch.dtype, autocast: Any = None
+    results: tuple[list[Tensor], ...],
+    logit: float,
+    encoding: Encoding,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None = None,
+    size: float = 0.0,
 ) -> None:
     """Actual results, exact ones and those of the formula's steps in the same dtypes, with logits of up to that size L.
 
-    Errors are at most twice those of the steps, as the library may round twice where they round once, and as large, for
-    one gradient may matter as much as the largest of them is large, as
+    Errors are at most twice those of the steps, as the library may round twice where they round once; and, relative to
+    the largest result or `size`, what comes of
     - computing: scores have a relative error of 32 roundoffs of float32, or of float64 with inputs of that; a bias is
       float32. A weight is wrong by twice L times that, gradients use the weights twice;
     - luck, of one computation that rounds as another does: rounding q and k makes a logit wrong by 2 L roundoffs, a
       weight by twice that, a gradient by four times; weights, their gradient, the result, and sums over heads are
       rounded too. Over many rows such errors are alike in their sum, up to one part in the root of their number.
     """
-    largest = max(t.norm() for t in results[1])
+    largest = max(size, *(t.norm().item() for t in results[1]))
     computed_in = torch.promote_types(dtype, torch.float32) if not encoding.biases else torch.float32
     for ours, right, reachable in zip(*results, strict=True):
         assert ours.dtype == reachable.dtype

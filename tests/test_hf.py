@@ -1,7 +1,4 @@
-"""`xpos_zoo.hf`: transformers loads, generates, trains and saves our models, and the numbers are ours.
-
-Axes: b batch, n sequence.
-"""
+"""`xpos_zoo.hf`: transformers loads, generates, trains and saves our models, and the numbers are ours."""
 
 import json
 import math

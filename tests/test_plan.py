@@ -1,34 +1,15 @@
-"""One plan a forward: who sees whom, what is made once for all layers, and that a failed forward leaves no trace.
-
-Axes: b batch, n sequence.
-"""
+"""One plan a forward: what is made once for all layers, and that a failed forward leaves no trace."""
 
 import copy
 from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from reference import PATTERNS, Operations, block, document_ids, model, tokens, visible, within_documents
+from reference import PATTERNS, Operations, block, model, tokens
 from torch.distributed.utils import _apply_to_tensors
 
 from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail
 from xpos_zoo.attention import plan_layers
-from xpos_zoo.plan import first_seen, sees
-
-
-@given(n=st.integers(0, 40), block_size=st.none() | st.integers(1, 20))
-def test_queries_see_what_the_formula_shows_and_so_many_keys(n, block_size):
-    at = torch.arange(n)
-    assert torch.equal(sees(at, at, block_size), visible(n, block_size))
-    assert torch.equal(at + 1 - first_seen(at, block_size), visible(n, block_size).sum(-1))
-
-
-def test_documents_and_places_without_a_key_are_hidden():
-    at, ids = torch.arange(30), document_ids(30)
-    assert torch.equal(sees(at, at, 7, ids, ids)[:, None], within_documents(visible(30, 7), ids))
-    assert not sees(at, -1 - at, None).any()
 
 
 def decode_operations(num_layers: int, block_size: int | None) -> Operations:

@@ -1,7 +1,4 @@
-"""Transformer: the documented architecture, its settings and its initialisation.
-
-Axes: b batch, n sequence.
-"""
+"""Transformer: the documented architecture, its settings and its initialisation."""
 
 from functools import partial
 

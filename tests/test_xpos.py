@@ -5,18 +5,17 @@ Axes: b batch, h heads, n sequence, m keys, d head dimension.
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from reference import (
     DTYPES,
     HALVES,
     Encoding,
-    difference,
     encode,
     gradients,
     normal,
@@ -26,7 +25,7 @@ from reference import (
     scores,
     zeta,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from xpos_zoo import XPOS
 
@@ -152,55 +151,32 @@ def test_scale_base_may_be_changed_on_a_made_module():
     assert torch.equal(copy.deepcopy(xpos)(x), xpos(x))
 
 
-class OriginalXPOS(nn.Module):
+def original_xpos(x: Tensor, offset: int = 0, downscale: bool = False) -> Tensor:
     """The formula with the exponents of the original: centred on the length."""
-
-    def forward(self, x: Tensor, offset: int = 0, downscale: bool = False) -> Tensor:
-        at = torch.arange(x.shape[-2]) + offset
-        exponents = at - (x.shape[-2] + offset + 1) // 2
-        return encode(x, at, -exponents if downscale else exponents, Encoding(512))
+    at = torch.arange(x.shape[-2]) + offset
+    exponents = at - (x.shape[-2] + offset + 1) // 2
+    return encode(x, at, -exponents if downscale else exponents, Encoding(512))
 
 
-class TorchscaleAttention(nn.Module):
-    """Attention in two heads of 8 as torchscale does it: q is scaled in place, a state holds keys as projected."""
-
-    def __init__(self, xpos: nn.Module):
-        super().__init__()
-        torch.manual_seed(0)
-        self.projections = nn.ModuleList(nn.Linear(16, 16, dtype=torch.float64) for _ in range(4))
-        self.xpos = xpos
-
-    def forward(self, x: Tensor, state: dict[str, Tensor] | None = None) -> Tensor:
-        q, k, v = (rearrange(linear(x), "b n (h d) -> (b h) n d", h=2) for linear in self.projections[:3])
-        offset = 0
-        if state is not None:
-            if state:
-                k, v = (torch.cat((state[name], new), 1) for name, new in (("k", k), ("v", v)))
-                offset = k.shape[1] - 1
-            state.update(k=k, v=v)
-        k = self.xpos(k, offset=0, downscale=True)
-        q = self.xpos(q, offset=offset, downscale=False)
-        q *= 8**-0.5
-        n, m = q.shape[1], k.shape[1]
-        hidden = torch.full((n, m), -math.inf, dtype=x.dtype).triu(m - n + 1)
-        weights = (torch.bmm(q, k.mT) + hidden).softmax(-1)
-        return self.projections[3](rearrange(torch.bmm(weights, v), "(b h) n d -> b n (h d)", h=2))
+def torchscales_attention(xpos: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Of all queries, or of the last alone, as torchscale does it: q is scaled in place, k comes as projected."""
+    n, m = q.shape[1], k.shape[1]
+    k = xpos(k, offset=0, downscale=True)
+    q = xpos(q, offset=m - n, downscale=False)
+    q *= 8**-0.5
+    hidden = torch.full((n, m), -math.inf, dtype=q.dtype).triu(m - n + 1)
+    return (torch.bmm(q, k.mT) + hidden).softmax(-1) @ v
 
 
 def test_torchscales_attention_trains_and_decodes_alike_with_our_xpos():
-    ours, theirs = TorchscaleAttention(XPOS(8)), TorchscaleAttention(OriginalXPOS())
-    x = normal(0, 2, 20, 16, dtype=torch.float64).requires_grad_()
-    output, expected = ours(x), theirs(x)
-    assert relative_error(output, expected) <= SAME
-    upstream = normal(1, 2, 20, 16, dtype=torch.float64)
-    pairs = (gradients(y, upstream, (x, *m.parameters())) for y, m in ((output, ours), (expected, theirs)))
-    for gradient, right in zip(*pairs, strict=True):
-        # Scores do not depend on the bias of k: its gradient is but roundoff.
-        assert difference(gradient, right) <= SAME * max(1, right.norm().item())
-    for attention in (ours, theirs):  # the first piece is longer; the others are a token each
-        state: dict[str, Tensor] = {}
-        decoded = torch.cat([attention(piece, state) for piece in x.split([5] + 15 * [1], dim=1)], dim=1)
-        assert relative_error(decoded, expected) <= SAME
+    q, k, v = (normal(i, 4, 20, 8, dtype=torch.float64).requires_grad_() for i in range(3))
+    output, expected = (torchscales_attention(xpos, q, k, v) for xpos in (XPOS(8), original_xpos))
+    upstream = normal(3, *output.shape, dtype=torch.float64)
+    results = ([y, *gradients(y, upstream, (q, k, v))] for y in (output, expected))
+    assert all(relative_error(ours, theirs) <= SAME for ours, theirs in zip(*results, strict=True))
+    for m in range(1, 21):
+        decoded = torchscales_attention(XPOS(8), q[:, m - 1 : m], k[:, :m], v[:, :m])
+        assert relative_error(decoded, expected[:, m - 1 : m]) <= SAME
 
 
 def test_numpys_and_torchs_integers_are_integers_too():
