@@ -84,7 +84,7 @@ def test_any_pieces_attend_by_the_formula(sizes, block_size, encoding, heads, dt
 def test_rows_of_different_length_go_on_as_each_would_alone(steps, block_size, dtype, options, seed):
     """Whatever else is done to their cache, which grows as needed."""
     module, draw = decoder(block_size, **options).to(dtype), random.Random(seed)
-    cache, seen = module.make_cache(2), [torch.empty(0, 32, dtype=dtype)] * 2  # by each row
+    exactly, cache, seen = double(module), module.make_cache(2), [torch.empty(0, 32, dtype=dtype)] * 2  # by each row
     for i, step in enumerate(steps):
         spoilt = torch.full((len(seen), 3, 32), torch.nan, dtype=dtype)
         if step == "select":
@@ -111,11 +111,11 @@ def test_rows_of_different_length_go_on_as_each_would_alone(steps, block_size, d
             x[row, count:] = torch.nan  # padding must not count
         output = module(x, cache=cache, lengths=None if set(counts) == {n} else torch.tensor(counts))
         assert cache.length.tolist() == [len(x) for x in seen]
-        for row, count in enumerate(counts):
-            full, exact = (each(t[None])[0] for each, t in ((module, seen[row]), (double(module), seen[row].double())))
-            new = slice(len(full) - count, None)
+        for alone, count, ours in zip(seen, counts, output, strict=True):
+            full, exact = module(alone[None])[0], exactly(alone.double()[None])[0]
+            # The cache's keys may be rounded more often.
             allowed = 2 * difference(full, exact) + 2 * roundoff(dtype) * exact.norm()
-            assert difference(output[row, :count], exact[new]) <= allowed  # its keys may be rounded more often
+            assert difference(ours[:count], exact[len(exact) - count :]) <= allowed
 
 
 @pytest.mark.parametrize("start", [999_936, 2**40])

@@ -186,17 +186,16 @@ def test_lora_trains_its_adapters_alone_and_merges(both):
     _, theirs = both
     words = tokens(2, 20, below=256)
     before = theirs(words).logits
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "down_proj"])
+    targets = ["q_proj", "v_proj", "down_proj"]
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False)
     tuned = peft.get_peft_model(theirs, config)
-    assert torch.equal(tuned(words).logits, before)
-    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
-    for _ in range(3):
-        optimizer.zero_grad()
-        tuned(words, labels=words).loss.backward()
-        optimizer.step()
-    after = tuned(words).logits
-    assert relative_error(after, before) > 1e-3
-    assert relative_error(tuned.merge_and_unload()(words).logits, after) <= CONTRACT
+    output = tuned(words, labels=words)
+    output.loss.backward()
+    learned = {name for name, parameter in tuned.named_parameters() if parameter.grad is not None}
+    assert len(learned) == 2 * 2 * len(targets)  # in two layers
+    assert all("lora_" in name for name in learned)
+    assert relative_error(output.logits, before) > 1e-3
+    assert relative_error(tuned.merge_and_unload()(words).logits, output.logits) <= CONTRACT
 
 
 def rewritten(folder: Path, **changes: Any) -> Path:
