@@ -76,20 +76,6 @@ def encoding_of(module: RotaryEmbedding) -> Encoding:
     return encoding.with_biases(getattr(module, "distance_bias", None))
 
 
-def gain_and_bias(bias: DistanceBias, distance: Tensor) -> tuple[Tensor | int, Tensor]:
-    """What logits are multiplied by, and what is then added.
-
-    A soft tail is -power ln(m / trained_length) at distances m beyond; `ScaleInvariant` is that of arXiv 2505.17083.
-    """
-    if isinstance(bias, ScaleInvariant):
-        logarithm = torch.log(distance.double() / bias.tau + 1)
-        return (2 * logarithm + 1).sqrt(), -2 * logarithm
-    if isinstance(bias, SoftTail):
-        logarithm = torch.log(distance.double() / bias.trained_length)
-        return 1, torch.where(distance > bias.trained_length, -bias.power * logarithm, 0)
-    return 1, bias(distance).double()
-
-
 class Sloped(XPOS):
     """XPOS with ALiBi's bias for four heads, -slope * distance, which halves can hold at distances below 128."""
 
@@ -173,12 +159,21 @@ def placed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def gains_and_biases(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
-    """What logits of q (b, h, n, d) and k (b, g, m, d) are multiplied by, and what is then added to them."""
+    """What logits of q (b, h, n, d) and k (b, g, m, d) are multiplied by, and what is then added to them.
+
+    A soft tail is -power ln(m / trained_length) at distances m beyond; `ScaleInvariant` is that of arXiv 2505.17083.
+    """
     distance = distances(*placed(q, k)[2:], mask)
     gain, total = torch.ones_like(distance), torch.zeros_like(distance)
-    for each in encoding.biases:
-        factor, added = gain_and_bias(each, distance)
-        gain, total = gain * factor, total + added
+    for bias in encoding.biases:
+        if isinstance(bias, ScaleInvariant):
+            logarithm = torch.log(distance / bias.tau + 1)
+            gain, total = gain * (2 * logarithm + 1).sqrt(), total - 2 * logarithm
+        elif isinstance(bias, SoftTail):
+            tail = -bias.power * torch.log(distance / bias.trained_length)
+            total = total + torch.where(distance > bias.trained_length, tail, 0)
+        else:
+            total = total + bias(distance).double()
     return gain, total
 
 
@@ -302,7 +297,8 @@ def projected(
         q = (q * query_factor(module.query_scaling, mask.sum(-1))[:, None]).to(q.dtype)
     assert isinstance(module.positions, RotaryEmbedding)
     encoding = encoding_of(module.positions)
-    mask = mask if document_ids is None else within_documents(mask, document_ids)
+    if document_ids is not None:
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     return q, k, v, mask, encoding.with_biases(module.distance_bias, *encoding.biases)
 
 
@@ -377,11 +373,6 @@ def inputs(
 ) -> list[Tensor]:
     """Random q (b, h, n, d), k and v (b, g, n, d)."""
     return [normal(i, b, heads, n, d, dtype=dtype).requires_grad_(grad) for i, heads in enumerate((h, g, g))]
-
-
-def within_documents(mask: Tensor, ids: Tensor) -> Tensor:
-    """mask (n, n) where queries and keys have the same of ids (b, n): (b, 1, n, n)."""
-    return mask & (ids[:, None, :, None] == ids[:, None, None, :])
 
 
 def document_ids(n: int) -> Tensor:
