@@ -1,6 +1,5 @@
 """`xpos_zoo.hf`: transformers loads, generates, trains and saves our models, and the numbers are ours."""
 
-import json
 import math
 import re
 from functools import partial
@@ -11,7 +10,7 @@ import pytest
 import reference
 import torch
 from reference import far_apart, relative_error, roundoff, tokens
-from test_pretrained import MODELS, dtypes, make
+from test_pretrained import MODELS, dtypes, make, rewritten
 
 from train.tokens import byte_tokenizer
 from xpos_zoo import ScaleInvariant, SoftTail, Transformer
@@ -196,12 +195,6 @@ def test_lora_trains_its_adapters_alone_and_merges(both):
     assert all("lora_" in name for name in learned)
     assert relative_error(output.logits, before) > 1e-3
     assert relative_error(tuned.merge_and_unload()(words).logits, output.logits) <= CONTRACT
-
-
-def rewritten(folder: Path, **changes: Any) -> Path:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 load, positions = AutoModelForCausalLM.from_pretrained, {"name": "os.system"}

@@ -4,24 +4,16 @@ Axes: b batch, n sequence.
 """
 
 from functools import partial
-from typing import Any
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import Sloped, block, difference, model, normal, relative_error, tokens
-from torch import Tensor, nn
+from reference import Sloped, block, difference, gradients, model, normal, relative_error, tokens
+from torch import nn
 
 from xpos_zoo import XPOS, LogNScaling, PositionModule, SoftTail
 
 ROUNDOFFS = 3e-6  # relative: attention's contract, 2e-6 a score, whatever the tokens' order in memory
-
-
-def with_gradients(module: nn.Module, x: Tensor, upstream: Tensor, **options: Any) -> list[Tensor]:
-    """Output and the gradients of x and of all parameters."""
-    x = x.detach().requires_grad_()
-    output = module(x, **options)
-    return [output, *torch.autograd.grad(output, (x, *module.parameters()), upstream)]
 
 
 def masks(b: int, most: int, rows: int) -> st.SearchStrategy[list[list[bool]]]:
@@ -47,20 +39,17 @@ def test_every_row_is_as_alone(padding, scaling, tail, documents, **options):
     ids = (torch.arange(n) // 7).expand(b, n) if documents and scaling is None else None
     x, upstream = normal(0, b, n, 32), normal(1, b, n, 32)
     x[mask] = torch.nan  # padding may hold anything
-    output, x_gradient, *others = with_gradients(module, x, upstream, key_padding_mask=mask, document_ids=ids)
-    assert not output[mask].any()
-    assert not x_gradient[mask].any()
-    totals = [torch.zeros_like(t) for t in others]
-    for row in range(b):
-        real = ~mask[row]
+    x.requires_grad_()
+    together = module(x, key_padding_mask=mask, document_ids=ids)
+    alone = torch.zeros_like(together)
+    for row, real in enumerate(~mask):
         own = None if ids is None else ids[row : row + 1, real]
-        alone = with_gradients(module, x[row, real][None], upstream[row, real][None], document_ids=own)
-        assert relative_error(output[row, real], alone[0][0]) <= ROUNDOFFS
-        assert relative_error(x_gradient[row, real], alone[1][0]) <= ROUNDOFFS
-        totals = [total + t for total, t in zip(totals, alone[2:], strict=True)]
-    largest = max(total.norm().item() for total in totals)  # of sums over rows, whose terms may cancel
-    for ours, total in zip(others, totals, strict=True):
-        assert difference(ours, total) <= 4 * ROUNDOFFS * largest
+        alone[row, real] = module(x[row, real][None], document_ids=own)[0]
+    results, expected = ([y, *gradients(y, upstream, (x, *module.parameters()))] for y in (together, alone))
+    assert not any(t[mask].any() for t in results[:2])
+    assert all(relative_error(*both) <= ROUNDOFFS for both in zip(results[:2], expected[:2], strict=True))
+    largest = max(t.norm().item() for t in expected[2:])  # of sums over rows, whose terms may cancel
+    assert all(difference(*both) <= 4 * ROUNDOFFS * largest for both in zip(results[2:], expected[2:], strict=True))
 
 
 @given(

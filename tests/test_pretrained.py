@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,48 +127,42 @@ def test_what_the_library_cannot_make_again_is_not_saved(name, value, said, tmp_
     assert not (tmp_path / "model").exists()
 
 
-def edited(**changes: Any):
-    """Change the configuration; `...` takes a key away."""
-
-    def edit(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text()) | changes
-        kept = {key: value for key, value in config.items() if value is not ...}
-        (folder / "config.json").write_text(json.dumps(kept))
-
-    return edit
+def rewritten(folder: Path, **changes: Any) -> Path:
+    """With another configuration; `...` takes a key away."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return folder
 
 
-def cut(name: str):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:150])
+def cut(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:150])
 
 
-def stored(change):
-    def edit(folder: Path) -> None:
-        weights = safetensors_torch.load_file(folder / "model.safetensors")
-        change(weights)
-        safetensors_torch.save_file(weights, folder / "model.safetensors")
-
-    return edit
+def reweighted(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = safetensors_torch.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors_torch.save_file(weights, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "there is no "),
-        (cut("config.json"), "config.json: "),
-        (cut("model.safetensors"), "model.safetensors: "),
+        (partial(cut, name="config.json"), "config.json: "),
+        (partial(cut, name="model.safetensors"), "model.safetensors: "),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json: must be a mapping with model_type "),
-        (edited(model_type="gpt2"), "config.json: must be a mapping with model_type 'xpos_zoo'"),
-        (edited(version=2), "config.json: must be a mapping with version 3"),
-        (edited(head_dim=...), "config.json: lacks 'head_dim'"),
-        (edited(head_dimm=3), "config.json: has an unknown 'head_dimm'"),
-        (edited(num_kv_heads=3), "config.json: num_kv_heads must divide num_heads=2, got 3"),
-        (edited(positions={"name": "os.system"}), "config.json: positions must be a mapping with the name XPOS or "),
-        (edited(positions={"name": "XPOS", "scale": 3}), "unexpected keyword argument 'scale'"),
-        (edited(distance_bias={"name": "eval"}), "distance_bias must be a mapping with the name SoftTail or"),
-        (edited(hidden_dim=32), "size mismatch for layers.0.feed_forward.gate_proj.weight"),
-        (stored(lambda weights: weights.pop("norm.weight")), 'Missing key(s) in state_dict: "norm.weight"'),
-        (stored(lambda weights: weights["layers.0.attention.positions.scale"].mul_(2)), "scale must be (i / (head_dim"),
+        (partial(rewritten, model_type="gpt2"), "config.json: must be a mapping with model_type 'xpos_zoo'"),
+        (partial(rewritten, version=2), "config.json: must be a mapping with version 3"),
+        (partial(rewritten, head_dim=...), "config.json: lacks 'head_dim'"),
+        (partial(rewritten, head_dimm=3), "config.json: has an unknown 'head_dimm'"),
+        (partial(rewritten, num_kv_heads=3), "config.json: num_kv_heads must divide num_heads=2, got 3"),
+        (partial(rewritten, positions={"name": "os.system"}), "config.json: positions must be a mapping with the name"),
+        (partial(rewritten, positions={"name": "XPOS", "scale": 3}), "unexpected keyword argument 'scale'"),
+        (partial(rewritten, distance_bias={"name": "eval"}), "distance_bias must be a mapping with the name SoftTail"),
+        (partial(rewritten, hidden_dim=32), "size mismatch for layers.0.feed_forward.gate_proj.weight"),
+        (partial(reweighted, change=lambda w: w.pop("norm.weight")), 'Missing key(s) in state_dict: "norm.weight"'),
+        (partial(reweighted, change=lambda w: w["layers.0.attention.positions.scale"].mul_(2)), "scale must be (i / "),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said_in_one_line_that_names_it(damage, message, tmp_path):
