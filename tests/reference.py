@@ -237,7 +237,10 @@ def assert_attends_exactly(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, mask
     upstream = normal(99, *actual.shape, dtype=q.dtype)
 
     def with_gradients(output: Tensor) -> list[Tensor]:
-        return [output, *gradients(output, upstream, (q, k, v))] if q.requires_grad else [output]
+        if not q.requires_grad:
+            return [output]
+        found = zip(gradients(output, upstream, (q, k, v)), (q, k, v), strict=True)
+        return [output, *(gradient * t.detach().double() for gradient, t in found)]  # alike, whatever size inputs have
 
     outputs = (actual, *(attend(q, k, v, mask, encoding) for attend in (attention, plain_attention)))
     logit = logit_sizes(q, k, mask, encoding).max().item() if q.numel() else 0
