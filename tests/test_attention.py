@@ -191,8 +191,6 @@ def test_log_n_scaling_is_exactly_off_for_queries_within_the_trained_length(bloc
     beyond = visible(40, block_size).sum(-1) > 10
     assert torch.equal(on[:, ~beyond], off[:, ~beyond])
     assert (on != off)[:, beyond].any(-1).all()
-    module.query_scaling = None
-    assert torch.equal(module(x), off)
 
 
 def test_a_bias_may_be_a_function_a_module_or_none_in_any_order():
