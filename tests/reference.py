@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,8 +34,6 @@ from xpos_zoo import (
     SoftTail,
     Transformer,
 )
-from xpos_zoo.attend import attend
-from xpos_zoo.plan import Pattern, Tokens, make_plan
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALVES)
@@ -77,21 +76,6 @@ def encoding_of(module: RotaryEmbedding) -> Encoding:
     return encoding.with_biases(getattr(module, "distance_bias", None))
 
 
-def gain_and_bias(bias: DistanceBias, distance: Tensor) -> tuple[Tensor | int, Tensor]:
-    """What logits are multiplied by, and what is then added.
-
-    A soft tail is -power ln(m / trained_length) at distances m beyond; `ScaleInvariant` is that of arXiv 2505.17083.
-    """
-    if isinstance(bias, ScaleInvariant):
-        logarithm = torch.log(distance.double() / bias.tau + 1)
-        tail = SoftTail(bias.power, bias.trained_length or 1)
-        return (2 * logarithm + 1).sqrt(), -2 * logarithm + gain_and_bias(tail, distance)[1]
-    if isinstance(bias, SoftTail):
-        logarithm = torch.log(distance.double() / bias.trained_length)
-        return 1, torch.where(distance > bias.trained_length, -bias.power * logarithm, 0)
-    return 1, bias(distance).double()
-
-
 class Sloped(XPOS):
     """XPOS with ALiBi's bias for four heads, -slope * distance, which halves can hold at distances below 128."""
 
@@ -124,27 +108,24 @@ def distances(q_positions: Tensor, k_positions: Tensor, mask: Tensor | None) -> 
     return distance if mask is None else torch.where(mask, distance, 0)
 
 
-def scores(
+def terms(
     q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding, mask: Tensor | None = None
 ) -> Tensor:
-    """The formula above for q (..., n, d) and k (..., m, d): (..., n, m); only finite where mask (n, m) is False."""
-    head_dim, distance = q.shape[-1], distances(q_positions, k_positions, mask)
+    """Those of the formula for q (..., n, d), k (..., m, d): complex (..., n, m, i); merely finite where hidden."""
+    distance, rates = distances(q_positions, k_positions, mask)[..., None], 1j * encoding.angles(q.shape[-1])
     q, k = pairs(q, encoding.interleaved), pairs(k, encoding.interleaved)
-    total = torch.zeros((), dtype=torch.float64)
-    for i, (angle, decay) in enumerate(zip(encoding.angles(head_dim), encoding.decays(head_dim), strict=True)):
-        product = q[..., :, None, i] * k[..., None, :, i].conj()
-        total = total + decay**distance * (product * torch.exp(1j * distance * angle)).real
-    return total
+    products = q[..., :, None, :] * k[..., None, :, :].conj()
+    return encoding.decays(2 * q.shape[-1]) ** distance * products * torch.exp(distance * rates)
 
 
-def score_sizes(
-    q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, encoding: Encoding, mask: Tensor | None = None
-) -> Tensor:
+def scores(*of: Any) -> Tensor:
+    """Of what `terms` takes: (..., n, m)."""
+    return terms(*of).real.sum(-1)
+
+
+def score_sizes(*of: Any) -> Tensor:
     """sum_i zeta_i^((n - m) / s) |q_i| |k_i|: what errors in the factors of a score are relative to."""
-    decays, distance = encoding.decays(q.shape[-1]), distances(q_positions, k_positions, mask)
-    q, k = pairs(q, encoding.interleaved).abs(), pairs(k, encoding.interleaved).abs()
-    terms = (decay**distance * q[..., :, None, i] * k[..., None, :, i] for i, decay in enumerate(decays))
-    return sum(terms, torch.zeros((), dtype=torch.float64))
+    return terms(*of).abs().sum(-1)
 
 
 def encode(x: Tensor, angles_at: Tensor, decay_at: Tensor | None, encoding: Encoding) -> Tensor:
@@ -178,12 +159,22 @@ def placed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def gains_and_biases(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
-    """What logits of q (b, h, n, d) and k (b, g, m, d) are multiplied by, and what is then added to them."""
+    """What logits of q (b, h, n, d) and k (b, g, m, d) are multiplied by, and what is then added to them.
+
+    A soft tail is -power ln(m / trained_length) at distances m beyond; `ScaleInvariant`, which may have one, is that of
+    arXiv 2505.17083.
+    """
     distance = distances(*placed(q, k)[2:], mask)
     gain, total = torch.ones_like(distance), torch.zeros_like(distance)
-    for each in encoding.biases:
-        factor, added = gain_and_bias(each, distance)
-        gain, total = gain * factor, total + added
+    for bias in encoding.biases:
+        if isinstance(bias, ScaleInvariant):
+            logarithm = torch.log(distance / bias.tau + 1)
+            gain, total = gain * (2 * logarithm + 1).sqrt(), total - 2 * logarithm
+        if isinstance(bias, (ScaleInvariant, SoftTail)):
+            length = bias.trained_length or math.inf
+            total = total + torch.where(distance > length, -bias.power * torch.log(distance / length), 0)
+        else:
+            total = total + bias(distance).double()
     return gain, total
 
 
@@ -196,9 +187,8 @@ def logits(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
 def logit_sizes(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     """`score_sizes` over sqrt(d) and the size of the bias, 0 where mask is False; shapes as in `logits`."""
     gain, bias = gains_and_biases(q, k, mask, encoding)
-    return (gain * score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1]) + bias.abs()).masked_fill(
-        ~mask, 0
-    )
+    size = gain * score_sizes(*placed(q, k), encoding, mask) / math.sqrt(q.shape[-1]) + bias.abs()
+    return size.masked_fill(~mask, 0)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
@@ -231,84 +221,64 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Enc
     return out.reshape(b, h, n, d)
 
 
-def unsigned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding, upstream: Tensor) -> tuple[Tensor, ...]:
-    """How large output and gradients of q, k, v were if no term cancelled another: what errors are relative to.
-
-    With weights p and dp = upstream v^T, a logit's gradient is p (dp - sum p dp).
-    """
-    q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
-    many_v = grouped(q, v)
-    p = logits(q, k, mask, encoding).softmax(-1).detach()
-    dp = upstream.double().abs() @ many_v.detach().abs().mT
-    output = p @ many_v.abs()
-    through_logits = p * (dp + (p * dp).sum(-1, keepdim=True))
-    return (
-        output,
-        *gradients(logit_sizes(q, k, mask, encoding), through_logits, (q, k)),
-        *gradients(output, upstream.abs(), (v,)),
-    )
-
-
-def computing(dtype: torch.dtype, logit: float, encoding: Encoding) -> float:
-    """How wrong, relatively, a weight with a logit of that size may be besides what `dtype` rounds.
-
-    Scores have a relative error of 32 roundoffs of float32, or of float64 with inputs of that; a bias is float32.
-    """
-    computed_in = torch.promote_types(dtype, torch.float32) if not encoding.biases else torch.float32
-    return 32 * (1 + 4 * logit) * roundoff(computed_in)
-
-
-def luck(dtype: torch.dtype, logit: float, result: Tensor) -> float:
-    """How much more, relatively, one computation in `dtype` may err than another that rounds alike.
-
-    Rounding q and k makes a logit of size L wrong by 2 L roundoffs, a weight by twice that, a gradient by four times;
-    weights, their gradient, the result, and sums over heads are rounded too. Over many rows such errors are alike in
-    their sum, up to one part in the root of the number of rows.
-    """
-    rows = result.shape[:-1].numel()
-    return (4 + 8 * logit) * roundoff(dtype) / max(1, rows) ** 0.5
+encodings = st.builds(
+    Encoding,
+    scale_base=st.sampled_from([None, 0.05, 0.3, 1, 8, 512]),
+    base=st.sampled_from([100.0, 10000.0]),
+    interleaved=st.booleans(),
+    max_wavelength=st.sampled_from([None, 7.0, 50.0]),
+    biases=st.just(()),
+)
+tails = st.builds(SoftTail, st.sampled_from([0.5, 4.0]), st.integers(1, 45))
+tails |= st.builds(ScaleInvariant, st.sampled_from([0.5, 10.0]), st.sampled_from([0.0, 2.0]), st.integers(1, 45))
 
 
 def assert_attends_exactly(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, encoding: Encoding) -> None:
-    """Output, and gradients if q, k and v ask for them, within what rounding explains.
-
-    Scores have a relative error of 32 roundoffs (2e-6 in float32), which makes a logit of size L wrong by 32 L
-    roundoffs, and a weight by twice that relatively; gradients use the weights twice. Halves compute in float32; on
-    top they may have twice the error of `plain_attention`, which rounds once where the library may round twice, and
-    `luck`.
-    """
+    """Output, and gradients if q, k and v ask for them, as `assert_as_exact` says."""
     upstream = normal(99, *actual.shape, dtype=q.dtype)
 
-    def with_gradients(output: Tensor) -> tuple[Tensor, ...]:
-        return (output, *gradients(output, upstream, (q, k, v))) if q.requires_grad else (output,)
+    def with_gradients(output: Tensor) -> list[Tensor]:
+        if not q.requires_grad:
+            return [output]
+        found = zip(gradients(output, upstream, (q, k, v)), (q, k, v), strict=True)
+        return [output, *(gradient * t.detach().double() for gradient, t in found)]  # alike, whatever size inputs have
 
-    expected = with_gradients(attention(q, k, v, mask, encoding))
-    plain = with_gradients(plain_attention(q, k, v, mask, encoding)) if q.dtype in HALVES else expected
-    sizes = unsigned(q, k, v, mask, encoding, upstream)
+    outputs = (actual, *(attend(q, k, v, mask, encoding) for attend in (attention, plain_attention)))
     logit = logit_sizes(q, k, mask, encoding).max().item() if q.numel() else 0
-    for ours, exact, reachable, size in zip(with_gradients(actual), expected, plain, sizes, strict=False):
-        assert ours.dtype == q.dtype
-        assert ours.shape == exact.shape
-        assert ours.isfinite().all()
-        slack = computing(q.dtype, logit, encoding) + luck(q.dtype, logit, exact)
-        assert difference(ours, exact) <= 2 * difference(reachable, exact) + slack * size.norm()
+    uncancelled = attention(q, k, v.abs(), mask, encoding).norm().item()  # a mean of many values may be small
+    assert_as_exact(tuple(map(with_gradients, outputs)), logit, encoding, q.dtype, size=uncancelled)
+
+
+class Channels(nn.Module):
+    """In place of a projection: some of the channels as they are."""
+
+    def __init__(self, start: int, end: int):
+        super().__init__()
+        self.channels = slice(start, end)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., self.channels]
+
+
+def attending(
+    q: Tensor, k: Tensor, v: Tensor, positions: PositionModule, bias: DistanceBias | None = None, **options: Any
+) -> tuple[MultiHeadAttention, Tensor]:
+    """A block without weights, and x (b, n, (h + 2 g) d) from which it takes q (b, h, n, d) and k, v (b, g, n, d)."""
+    (_, h, _, d), g = q.shape, k.shape[1]
+    module: Any = MultiHeadAttention(d, h, num_kv_heads=g, head_dim=d, positions=lambda _: positions, **options)
+    module.embed_dim, module.out_proj, module.distance_bias = (h + 2 * g) * d, nn.Identity(), bias
+    module.q_proj, module.k_proj = Channels(0, h * d), Channels(h * d, (h + g) * d)
+    module.v_proj = Channels((h + g) * d, (h + 2 * g) * d)
+    return module, torch.cat([t.transpose(1, 2).flatten(2) for t in (q, k, v)], dim=-1)
 
 
 def attended(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: PositionModule,
-    block_size: int | None = None,
-    dropout_p: float = 0.0,
-    document_ids: Tensor | None = None,
-    distance_bias: DistanceBias | None = None,
+    q: Tensor, k: Tensor, v: Tensor, positions: PositionModule, block_size: int | None = None, **options: Any
 ) -> Tensor:
-    """The library's attention of q (b, h, n, d) on k, v (b, g, n, d), planned for them alone: (b, h, n, d)."""
-    tokens = Tokens(q.shape[0], q.shape[2], q.dtype, q.device, document_ids=document_ids)
-    pattern = Pattern(positions, block_size, None, distance_bias)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return attend(q, k, v, make_plan(pattern, tokens), pattern, dropout_p=dropout_p).transpose(1, 2)
+    """The library's attention of q (b, h, n, d) on k, v (b, g, n, d): (b, h, n, d)."""
+    ids = options.pop("document_ids", None)
+    module, x = attending(q, k, v, positions, block_size=block_size, **options)
+    return module(x, document_ids=ids).unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
 
 
 def query_factor(scaling: Any, visible_keys: Tensor) -> Tensor:
@@ -318,8 +288,10 @@ def query_factor(scaling: Any, visible_keys: Tensor) -> Tensor:
     return 1 + scaling.coefficient * torch.log(n / length).clamp(min=0)
 
 
-def projected(module: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Encoding]:
-    """q (b, h, n, d), k and v (b, g, n, d), mask (n, n) and encoding: what `module` makes of x before it attends."""
+def projected(
+    module: MultiHeadAttention, x: Tensor, document_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Encoding]:
+    """q (b, h, n, d), k and v (b, g, n, d), mask and encoding: what `module` makes of x before it attends."""
     mask = visible(x.shape[1], module.block_size)
     q, k, v = (
         linear(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
@@ -329,12 +301,16 @@ def projected(module: MultiHeadAttention, x: Tensor) -> tuple[Tensor, Tensor, Te
         q = (q * query_factor(module.query_scaling, mask.sum(-1))[:, None]).to(q.dtype)
     assert isinstance(module.positions, RotaryEmbedding)
     encoding = encoding_of(module.positions)
+    if document_ids is not None:
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     return q, k, v, mask, encoding.with_biases(module.distance_bias, *encoding.biases)
 
 
-def multi_head_attention(module: MultiHeadAttention, x: Tensor, attend: Callable[..., Tensor] = attention) -> Tensor:
+def multi_head_attention(
+    module: MultiHeadAttention, x: Tensor, attend: Callable[..., Tensor] = attention, document_ids: Tensor | None = None
+) -> Tensor:
     """What `module` gives for x (b, n, embed_dim), in the dtype of both: give it `double(module)` for the oracle."""
-    return module.out_proj(attend(*projected(module, x)).transpose(1, 2).flatten(2))
+    return module.out_proj(attend(*projected(module, x, document_ids)).transpose(1, 2).flatten(2))
 
 
 def assert_block_is_exact(
@@ -343,40 +319,52 @@ def assert_block_is_exact(
     run: Callable[[MultiHeadAttention, Tensor], Tensor] = MultiHeadAttention.__call__,
     device: str = "cpu",
     autocast: torch.dtype | None = None,
+    **documents: Tensor | None,
 ) -> None:
-    """Output of `run(module, x)` and its gradients by x and every parameter, within what rounding explains.
-
-    That is twice the error of the formula's steps in the same dtypes, as the library may round twice where they round
-    once; and what `assert_attends_exactly` allows besides, which may matter to one gradient as much as the largest of
-    them is large.
-    """
+    """Output of `run(module, x)` and its gradients by x and every parameter, as `assert_as_exact` says."""
     upstream = normal(99, *x.shape, dtype=x.dtype)
 
     def results(run: Callable[..., Tensor], module: MultiHeadAttention, x: Tensor) -> list[Tensor]:
         x = x.detach().requires_grad_()
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None and x.dtype != torch.float64):
-            output = run(module, x)
+            output = run(module, x, **documents)
         return [output, *gradients(output, upstream.to(x.device), (x, *module.parameters()))]
 
     exact = results(multi_head_attention, double(module), x.double())
     plain = results(partial(multi_head_attention, attend=plain_attention), module, x)
     actual = results(run, copy.deepcopy(module).to(device), x.to(device))
-    q, k, _, mask, encoding = projected(double(module), x.double())
+    q, k, _, mask, encoding = projected(double(module), x.double(), **documents)
     logit = logit_sizes(q, k, mask, encoding).max().item() if q.numel() else 0
     assert_as_exact((actual, exact, plain), logit, encoding, x.dtype, autocast)
 
 
 def assert_as_exact(
-    results: tuple[list[Tensor], ...], logit: float, encoding: Encoding, dtype: torch.dtype, autocast: Any = None
+    results: tuple[list[Tensor], ...],
+    logit: float,
+    encoding: Encoding,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None = None,
+    size: float = 0.0,
 ) -> None:
-    """What `assert_block_is_exact` says, of actual, exact and plain results, with attention logits of that size."""
-    largest = max(t.norm() for t in results[1])
+    """Actual results, exact ones and those of the formula's steps in the same dtypes, with logits of up to that size L.
+
+    Errors are at most twice those of the steps, as the library may round twice where they round once; and, relative to
+    the largest result or `size`, what comes of
+    - computing: scores have a relative error of 32 roundoffs of float32, or of float64 with inputs of that; a bias is
+      float32. A weight is wrong by twice L times that, gradients use the weights twice;
+    - luck, of one computation that rounds as another does: rounding q and k makes a logit wrong by 2 L roundoffs, a
+      weight by twice that, a gradient by four times; weights, their gradient, the result, and sums over heads are
+      rounded too. Over many rows such errors are alike in their sum, up to one part in the root of their number.
+    """
+    largest = max(size, *(t.norm().item() for t in results[1]))
+    computed_in = torch.promote_types(dtype, torch.float32) if not encoding.biases else torch.float32
     for ours, right, reachable in zip(*results, strict=True):
         assert ours.dtype == reachable.dtype
         assert ours.shape == right.shape
         assert ours.isfinite().all()
-        slack = computing(dtype, logit, encoding) + luck(autocast or dtype, logit, right)
-        assert difference(ours.cpu(), right) <= 2 * difference(reachable, right) + slack * largest
+        computing = 32 * (1 + 4 * logit) * roundoff(computed_in)
+        luck = (4 + 8 * logit) * roundoff(autocast or dtype) / max(1, right.shape[:-1].numel()) ** 0.5
+        assert difference(ours.cpu(), right) <= 2 * difference(reachable, right) + (computing + luck) * largest
 
 
 def double(module: M) -> M:
@@ -389,11 +377,6 @@ def inputs(
 ) -> list[Tensor]:
     """Random q (b, h, n, d), k and v (b, g, n, d)."""
     return [normal(i, b, heads, n, d, dtype=dtype).requires_grad_(grad) for i, heads in enumerate((h, g, g))]
-
-
-def within_documents(mask: Tensor, ids: Tensor) -> Tensor:
-    """mask (n, n) where queries and keys have the same of ids (b, n): (b, 1, n, n)."""
-    return mask & (ids[:, None, :, None] == ids[:, None, None, :])
 
 
 def document_ids(n: int) -> Tensor:
@@ -479,6 +462,13 @@ def model(
     torch.manual_seed(0)
     options.setdefault("positions", partial(XPOS, scale_base=8))
     return Transformer(vocab_size, embed_dim, num_layers, num_heads, **options)
+
+
+def far_apart(model: Transformer) -> Transformer:
+    """With weights so large that logits are far apart and every token counts."""
+    for parameter in model.parameters():
+        parameter.data *= 6
+    return model.eval().requires_grad_(False)
 
 
 def tokens(*shape: int, below: int = 50) -> Tensor:

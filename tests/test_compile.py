@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from reference import PATTERNS, Sloped, block, model, normal, relative_error, roundoff, tokens
-from torch import Tensor
+from torch import Tensor, nn
 
 from xpos_zoo import (
     XPOS,
@@ -35,9 +35,10 @@ compile_graph = partial(torch.compile, fullgraph=True, backend="aot_eager")
 
 
 def results(function: Callable[..., Any], call: tuple) -> list[Tensor]:
-    """Outputs, and gradients of their sums by those of the inputs that ask for them."""
+    """Outputs, and gradients by the inputs that ask for them and by a module's parameters."""
     output = function(*call)
-    inputs = [t for t in call if isinstance(t, Tensor) and t.requires_grad]
+    weights = function.parameters() if isinstance(function, nn.Module) else ()
+    inputs = [t for t in (*call, *weights) if isinstance(t, Tensor) and t.requires_grad]
     if not (inputs and output.requires_grad):
         return [output]
     return [output, *torch.autograd.grad(output, inputs, normal(9, *output.shape, dtype=output.dtype))]
@@ -110,25 +111,10 @@ def test_in_chunks_there_is_a_graph_for_each_number_of_them(compiler_counts, mon
     check_graphs(module, [*inputs(32, [30, 12, 18, 32, 16], grad=False)], compiler_counts, at_most=2)
 
 
-def trained(transformer: Callable[..., Tensor], *args: Any) -> list[Tensor]:
-    """Logits, and gradients of all parameters."""
-    assert isinstance(transformer, torch.nn.Module)
-    transformer.zero_grad()
-    logits = transformer(*args)
-    logits.logsumexp(-1).sum().backward()
-    return [logits, *(parameter.grad.clone() for parameter in transformer.parameters() if parameter.grad is not None)]
-
-
 @PATTERNS
 def test_the_transformer_trains_in_two_graphs(block_size, compiler_counts):
-    transformer = model(1, block_size=block_size)
-    compiled = compile_graph(transformer, dynamic=True)
-    for n in LENGTHS:
-        words = tokens(2 + n % 3, n)
-        for ours, expected in zip(trained(compiled, words), trained(transformer, words), strict=True):
-            assert relative_error(ours, expected) <= CLOSE
-    assert compiler_counts["stats"]["unique_graphs"] <= graphs_of(block_size)
-    assert not compiler_counts["graph_break"]
+    calls = [(tokens(2 + n % 3, n),) for n in LENGTHS]
+    check_graphs(model(1, block_size=block_size), calls, compiler_counts, graphs_of(block_size))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch of itself
@@ -140,14 +126,11 @@ def test_layers_compiled_one_by_one_take_the_models_plan(compiler_counts):
         layer.compile(fullgraph=True, backend="aot_eager")
     for n in (40, 33):
         ids = (torch.arange(n) // 13).expand(2, -1)
-        both = (trained(each, tokens(2, n), None, None, ids) for each in (compiled, transformer))
-        for ours, expected in zip(*both, strict=True):
-            assert relative_error(ours, expected) <= CLOSE
+        assert_same(compiled, transformer, (tokens(2, n), None, None, ids))
     compiled.query_scaling = transformer.query_scaling = LogNScaling(0.5, 10)
     caches = [each.make_cache(2, 60) for each in (compiled, transformer)]
     for piece in tokens(2, 50).split([20, 1, 1, 28], dim=1):
-        ours, expected = (each(piece, cache) for each, cache in zip((compiled, transformer), caches, strict=True))
-        assert relative_error(ours, expected) <= CLOSE
+        assert relative_error(compiled(piece, caches[0]), transformer(piece, caches[1])) <= CLOSE
     assert not compiler_counts["graph_break"]
 
 

@@ -1,12 +1,11 @@
-"""Ranks that share rows compute what one process does on whole rows: outputs, gradients, a training.
+"""Ranks that share rows, or heads, compute what one process does on whole ones: outputs and gradients.
 
 Four processes are spawned once and make all claims, one after the other; a test fails if its claim did on any rank.
-Four others train.
 """
 
+import copy
 import os
 import random
-import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,20 +16,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from reference import (
-    DTYPES,
-    LearnedBias,
-    Operations,
-    block,
-    difference,
-    double,
-    model,
-    normal,
-    roundoff,
-    tokens,
-)
+from reference import DTYPES, LearnedBias, Operations, block, difference, double, model, normal, roundoff, tokens
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.multiprocessing.spawn import spawn
 
 from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, ScaleInvariant, SoftTail
@@ -100,21 +90,6 @@ def a_model_of_local_layers_that_differ_trains_as_in_one_process(meshes):
             assert_same_as_alone(transformer, meshes[4], words, document_ids=ids)
 
 
-def the_first_rank_sees_itself_alone_and_the_others_one_block_to_the_left(meshes):
-    mesh, w = meshes[4], 4
-    module, x = block(block_size=w).requires_grad_(False), shard(mesh, normal(0, 2, 12 * RANKS, 32))
-    alone = module(x)
-    module.cp_mesh = mesh
-    before = module(x)
-    changed = (before != alone).any(-1)
-    assert torch.equal(changed[:, w:], torch.zeros_like(changed[:, w:]))
-    assert changed[:, :w].all() == changed.any() == (mesh.get_local_rank() > 0)
-    x[:, -w - 1] = 9  # on every rank: too far from the next to be seen
-    assert torch.equal(module(x)[:, :w], before[:, :w])
-    x[:, -w] = 9
-    assert (module(x)[:, :w] != before[:, :w]).any() == (mesh.get_local_rank() > 0)
-
-
 def no_tensor_is_larger_than_those_of_the_shard_and_one_block(meshes):
     mesh, w, n = meshes[4], 8, 80
     module, x = block(block_size=w), normal(0, 2, n + w, 32)
@@ -140,6 +115,30 @@ def compiled_the_exchange_is_a_part_of_the_graph(meshes):
         assert_same_as_alone(module, meshes[2], x, compiled, document_ids=ids)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+def ranks_that_share_the_heads_of_a_block_compute_what_one_does(meshes):
+    """Tensor parallelism: outputs, gradients, compiled, and from a cache."""
+    if dist.get_rank() >= 2:
+        return
+    alone = double(block(num_kv_heads=2, block_size=8))
+    split, joined = ColwiseParallel(), RowwiseParallel()
+    plan: dict[str, ParallelStyle] = {"q_proj": split, "k_proj": split, "v_proj": split, "out_proj": joined}
+    shared: Any = parallelize_module(copy.deepcopy(alone), meshes[2], plan)
+    shared.num_kv_heads //= 2  # of its caches
+    x, upstream = (normal(i, 2, 40, 32, dtype=torch.float64).requires_grad_() for i in range(2))
+    expected = alone(x)
+    gradients = torch.autograd.grad(expected, [x, *alone.parameters()], upstream)
+    for call in (shared, torch.compile(shared, fullgraph=True, backend="aot_eager")):
+        found = call(x)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        mine = torch.autograd.grad(found, [x, *shared.parameters()], upstream)
+        for t, gradient in zip(mine, gradients, strict=True):
+            whole = t.full_tensor() if isinstance(t, DTensor) else t
+            torch.testing.assert_close(whole, gradient, rtol=1e-12, atol=1e-13)
+    cache = shared.make_cache(2)
+    decoded = [shared(x[:, i : i + 1], cache=cache) for i in range(x.shape[1])]
+    torch.testing.assert_close(torch.cat(decoded, dim=1), expected.detach(), rtol=1e-12, atol=1e-14)
 
 
 def what_cannot_be_cut_is_refused_before_anything_is_sent(meshes):
@@ -180,7 +179,7 @@ def a_rank_that_dies_ends_the_others_with_an_error(meshes):
 CLAIMS: list[Claim] = [
     outputs_and_all_gradients_of_a_block_are_those_of_one_process,
     a_model_of_local_layers_that_differ_trains_as_in_one_process,
-    the_first_rank_sees_itself_alone_and_the_others_one_block_to_the_left,
+    ranks_that_share_the_heads_of_a_block_compute_what_one_does,
     no_tensor_is_larger_than_those_of_the_shard_and_one_block,
     compiled_the_exchange_is_a_part_of_the_graph,
     what_cannot_be_cut_is_refused_before_anything_is_sent,
@@ -221,73 +220,3 @@ def test_on_every_rank(claim, claimed):
         failure = (claimed / f"{claim.__name__}-{rank}").read_text()
         died = claim is a_rank_that_dies_ends_the_others_with_an_error and rank == 1
         assert failure == ("it died" if died else ""), f"rank {rank}: {failure}"
-
-
-LENGTH, STEPS = 32, 20
-DDP = ("--trainer.strategy=ddp",)
-FSDP = (
-    "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
-    "--trainer.strategy.data_parallel_size=4",
-    "--trainer.strategy.tensor_parallel_size=1",
-    "--trainer.strategy.save_distributed_checkpoint=false",
-)
-# Devices, of which so many share a window, and how the others are trained with.
-TRAININGS = {"two": (2, 2, DDP), "four": (4, 4, DDP), "pairs": (4, 2, FSDP)}
-
-
-def train(
-    folder: Path, name: str, devices: int = 1, sharing: int = 1, strategy: tuple[str, ...] = (), **more: Any
-) -> None:
-    """Twenty steps in float64, of windows that most often have several documents."""
-    from test_devices import BothRanks
-    from tiny import options
-
-    from train.__main__ import main
-    from train.data import TextData
-
-    changes: dict[str, Any] = {
-        "trainer__max_steps": STEPS,
-        "trainer__val_check_interval": 10,
-        "trainer__callbacks": "[]",
-    }
-    changes |= {"data__context_length": LENGTH, "data__separate_documents": "true", "trainer__devices": devices}
-    changes |= {"model__num_layers": 2, "model__block_size": "[4, 8]", "model__context_parallel_size": sharing} | more
-    command = ["fit", *options(folder, name=name, **changes), "--trainer.callbacks+=test_devices.Double", *strategy]
-    main(command, data=BothRanks if name.endswith("on both batches") else TextData)
-
-
-def train_together(rank: int, folder: Path, ports: list[int]) -> None:
-    torch.set_num_threads(1)
-    for port, (name, (devices, *how)) in zip(ports, TRAININGS.items(), strict=True):
-        if rank < devices:
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-            train(folder, name, devices, *how)
-            dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.mark.slow
-def test_devices_that_share_windows_train_as_one_does_and_one_goes_on_from_four(tmp_path):
-    from tiny import metrics, read_checkpoint, write_corpus
-
-    write_corpus(tmp_path / "corpus", size=40)
-    for name in ("one", "one on both batches"):  # which makes the cache of tokens, too
-        train(tmp_path, name)
-    spawn(train_together, (tmp_path, [free_port() for _ in TRAININGS]), nprocs=RANKS)
-    runs = {name: tmp_path / "runs" / name / "seed1" for name in ("one", "one on both batches", *TRAININGS)}
-    for name, (devices, sharing, _) in TRAININGS.items():
-        expected = runs["one" if devices == sharing else "one on both batches"]
-        for part, weight in read_checkpoint(expected)["state_dict"].items():
-            torch.testing.assert_close(read_checkpoint(runs[name])["state_dict"][part], weight, rtol=1e-9, atol=1e-12)
-        for column in ("train_nats_per_token", "val_nats_per_token"):
-            losses = metrics(expected, column)
-            assert len(losses) == (STEPS if column.startswith("train") else 2)
-            if devices == sharing or column.startswith("val"):  # else the one logs a mean over more
-                assert metrics(runs[name], column) == pytest.approx(losses, rel=1e-6)  # the log is written in float32
-    train(tmp_path, "longer", trainer__max_steps=STEPS + 1, checkpoint=runs["four"])
-    assert read_checkpoint(tmp_path / "runs" / "longer" / "seed1")["global_step"] == STEPS + 1

@@ -1,12 +1,11 @@
-"""Two processes train what one would on both their batches, and either goes on from the other's checkpoint.
-
-They also share the heads of a block (tensor parallelism).
+"""Processes train what one would on all their batches, or on the windows that they share, and go on from each other.
 
 In float64: another order of sums then differs by its rounding alone, far below what another batch would do.
 """
 
-import copy
+import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,23 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import in_subprocess, interrupted_at, metrics, options, read_checkpoint
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from tiny import in_subprocess, interrupted_at, metrics, options, read_checkpoint, write_corpus
 from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader
 
 from train.__main__ import main
 from train.data import TextData
-from xpos_zoo import MultiHeadAttention
 
 STEPS = 6
-STRATEGIES: dict[str, list[str]] = {
-    "ddp": ["--trainer.strategy=ddp"],
-    "sharded": [
-        "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy",
-        "--trainer.strategy.data_parallel_size=2",
-        "--trainer.strategy.tensor_parallel_size=1",
-        "--trainer.strategy.save_distributed_checkpoint=false",
-    ],
-}
+DDP = ("--trainer.strategy=ddp",)
+
+
+def sharded(devices: int) -> tuple[str, ...]:
+    """Over all devices, whether they share windows or not."""
+    strategy = "--trainer.strategy"
+    name = f"{strategy}=lightning.pytorch.strategies.ModelParallelStrategy"
+    sizes = f"{strategy}.data_parallel_size={devices}", f"{strategy}.tensor_parallel_size=1"
+    return name, *sizes, f"{strategy}.save_distributed_checkpoint=false"
 
 
 class BothRanks(TextData):
@@ -57,11 +52,11 @@ class Double(L.Callback):
 
 def command(tmp_path: Path, name: str, **changes: Any) -> list[str]:
     small: dict[str, Any] = {"trainer__max_steps": STEPS, "trainer__val_check_interval": 3}
-    return ["fit", *options(tmp_path, name=name, **small, **changes), "--trainer.callbacks+=test_devices.Double"]
+    return ["fit", *options(tmp_path, name=name, **small | changes), "--trainer.callbacks+=test_devices.Double"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
+@pytest.mark.parametrize("strategy", [DDP, sharded(2)], ids=["ddp", "sharded"])
 def test_two_processes_train_as_one_does_on_both_their_batches(strategy, tmp_path):
     main(command(tmp_path, "one"), data=BothRanks)
     two = [*command(tmp_path, "two", trainer__devices=2), *strategy]
@@ -88,35 +83,49 @@ def test_two_processes_train_as_one_does_on_both_their_batches(strategy, tmp_pat
         assert validated
 
 
-def shares_its_heads(rank: int, meeting: Path) -> None:
-    """Two processes with half the heads of a block each compute what it does alone, and its gradients."""
+def train(folder: Path, name: str, devices: int = 1, sharing: int = 1, strategy: Any = (), **more: Any) -> None:
+    """Twenty steps with windows that most often have several documents, cut over so many devices."""
+    changes: dict[str, Any] = {"data__context_length": 32, "data__separate_documents": "true"}
+    changes |= {"trainer__max_steps": 20, "trainer__val_check_interval": 10}
+    changes |= {"model__num_layers": 2, "model__block_size": "[4, 8]", "model__context_parallel_size": sharing} | more
+    args = [*command(folder, name, trainer__devices=devices, **changes), *strategy]
+    main(args, data=BothRanks if name.endswith("on both batches") else TextData)
+
+
+# Devices, of which so many share a window, and how.
+TRAININGS = {"two": (2, 2, DDP), "four": (4, 4, DDP), "pairs": (4, 2, sharded(4))}
+
+
+def train_together(rank: int, folder: Path, ports: list[int]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    alone = MultiHeadAttention(32, 4, num_kv_heads=2, block_size=8).double()
-    shared = copy.deepcopy(alone)
-    split, joined = ColwiseParallel(), RowwiseParallel()
-    plan: dict[str, ParallelStyle] = {"q_proj": split, "k_proj": split, "v_proj": split, "out_proj": joined}
-    parallelize_module(shared, init_device_mesh("cpu", (2,)), plan)
-    shared.num_kv_heads //= 2  # of its caches
-    x = torch.randn(2, 40, 32, dtype=torch.float64, requires_grad=True)
-    expected = alone(x)
-    upstream = torch.randn_like(expected)
-    gradients = torch.autograd.grad(expected, [x, *alone.parameters()], upstream)
-    for call in (shared, torch.compile(shared, fullgraph=True, backend="aot_eager")):
-        found = call(x)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-        for mine, gradient in zip(
-            torch.autograd.grad(found, [x, *shared.parameters()], upstream), gradients, strict=True
-        ):
-            whole = mine.full_tensor() if isinstance(mine, DTensor) else mine
-            torch.testing.assert_close(whole, gradient, rtol=1e-12, atol=1e-13)
-    cache = shared.make_cache(2)
-    decoded = [shared(x[:, i : i + 1], cache=cache) for i in range(x.shape[1])]
-    torch.testing.assert_close(torch.cat(decoded, dim=1), expected.detach(), rtol=1e-12, atol=1e-14)
-    dist.destroy_process_group()
+    for port, (name, (devices, *how)) in zip(ports, TRAININGS.items(), strict=True):
+        if rank < devices:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+            train(folder, name, devices, *how)
+            dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_heads_of_a_block(tmp_path):
-    spawn(shares_its_heads, (tmp_path / "meeting",), nprocs=2)
+def test_devices_that_share_windows_train_as_one_does_and_one_goes_on_from_four(tmp_path):
+    write_corpus(tmp_path / "corpus", size=40)
+    for name in ("one", "one on both batches"):  # which makes the cache of tokens, too
+        train(tmp_path, name)
+    spawn(train_together, (tmp_path, [free_port() for _ in TRAININGS]), nprocs=4)
+    runs = {name: tmp_path / "runs" / name / "seed1" for name in ("one", "one on both batches", *TRAININGS)}
+    for name, (devices, sharing, _) in TRAININGS.items():
+        expected = runs["one" if devices == sharing else "one on both batches"]
+        for part, weight in read_checkpoint(expected)["state_dict"].items():
+            torch.testing.assert_close(read_checkpoint(runs[name])["state_dict"][part], weight, rtol=1e-9, atol=1e-12)
+        for column in ("train_nats_per_token", "val_nats_per_token"):
+            losses = metrics(expected, column)
+            assert len(losses) == (20 if column.startswith("train") else 2)
+            if devices == sharing or column.startswith("val"):  # else the one logs a mean over more
+                assert metrics(runs[name], column) == pytest.approx(losses, rel=1e-6)  # the log is written in float32
+    train(tmp_path, "longer", trainer__max_steps=21, checkpoint=runs["four"])
+    assert read_checkpoint(tmp_path / "runs" / "longer" / "seed1")["global_step"] == 21

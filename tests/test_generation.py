@@ -7,45 +7,31 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import PATTERNS, model
-from torch import Tensor
+from reference import PATTERNS, far_apart, model
 
 from xpos_zoo import Transformer
 from xpos_zoo.sampling import sample
 
 
 def language_model(block_size: int | None) -> Transformer:
-    """With large random weights, so that logits are far apart and every token counts."""
-    transformer = model(num_kv_heads=2, block_size=block_size)
-    for parameter in transformer.parameters():
-        parameter.data *= 6
-    return transformer.eval().requires_grad_(False)
-
-
-def continued(lm: Transformer, tokens: Tensor, count: int) -> Tensor:
-    """Greedy decoding without a cache."""
-    for _ in range(count):
-        tokens = torch.cat((tokens, lm(tokens)[:, -1:].argmax(-1)), 1)
-    return tokens
+    return far_apart(model(num_kv_heads=2, block_size=block_size))
 
 
 prompts = torch.randint(50, (3, 11), generator=torch.Generator().manual_seed(1))
 
 
 @PATTERNS
-def test_greedy_tokens_are_those_of_full_forwards(block_size):
+@pytest.mark.parametrize("lengths", [[11, 11, 11], [11, 1, 7]], ids=["full", "padded"])
+def test_greedy_tokens_are_those_of_full_forwards_of_each_prompt_alone(lengths, block_size):
     lm = language_model(block_size)
-    assert torch.equal(lm.generate(prompts, 40, temperature=0), continued(lm, prompts, 40))
-
-
-@PATTERNS
-def test_padded_prompts_go_on_as_each_would_alone(block_size):
-    lm, lengths = language_model(block_size), torch.tensor([11, 1, 7])
-    together = lm.generate(prompts, 30, lengths=lengths, temperature=0)
-    for row, length in enumerate(lengths.tolist()):
-        alone = continued(lm, prompts[row : row + 1, :length], 30)[0]
-        assert torch.equal(together[row, : length + 30], alone)
-        assert not together[row, 41:].any()
+    padded = {"lengths": torch.tensor(lengths)} if min(lengths) < 11 else {}
+    together = lm.generate(prompts, 30, temperature=0, **padded)
+    for row, length in enumerate(lengths):
+        text = prompts[row : row + 1, :length]
+        for _ in range(30):
+            text = torch.cat((text, lm(text)[:, -1:].argmax(-1)), 1)
+        assert torch.equal(together[row, : length + 30], text[0])
+        assert not together[row, length + 30 :].any()
 
 
 @PATTERNS
@@ -90,15 +76,6 @@ def test_int32_tokens_go_on_as_int64_ones():
     assert torch.equal(narrow.long(), lm.generate(prompts, 10, temperature=0))
 
 
-probabilities = torch.tensor([0.5, 0.25, 0.125, 0.125])
-
-
-def frequencies(draws: int = 20_000, **options) -> torch.Tensor:
-    logits = probabilities.log().expand(draws, -1)
-    drawn = sample(logits, generator=torch.Generator().manual_seed(0), **options)
-    return torch.bincount(drawn, minlength=4) / draws
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -117,9 +94,11 @@ def frequencies(draws: int = 20_000, **options) -> torch.Tensor:
     ],
 )
 def test_tokens_come_as_often_as_they_should(options, expected):
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().expand(20_000, -1)
+    drawn = sample(logits, generator=torch.Generator().manual_seed(0), **options)
     expected = torch.tensor(expected)
     deviation = (expected * (1 - expected) / 20_000).sqrt()
-    assert ((frequencies(**options) - expected).abs() <= 5 * deviation).all()
+    assert ((torch.bincount(drawn, minlength=4) / 20_000 - expected).abs() <= 5 * deviation).all()
 
 
 @given(st.floats(1e-30, 1e30), st.floats(-1e30, 1e30))

@@ -1,34 +1,15 @@
-"""One plan a forward: who sees whom, what is made once for all layers, and that a failed forward leaves no trace.
-
-Axes: b batch, n sequence.
-"""
+"""One plan a forward: what is made once for all layers, and that a failed forward leaves no trace."""
 
 import copy
 from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from reference import PATTERNS, Operations, block, document_ids, model, tokens, visible, within_documents
+from reference import PATTERNS, Operations, block, model, tokens
 from torch.distributed.utils import _apply_to_tensors
 
 from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail
 from xpos_zoo.attention import plan_layers
-from xpos_zoo.plan import first_seen, sees
-
-
-@given(n=st.integers(0, 40), block_size=st.none() | st.integers(1, 20))
-def test_queries_see_what_the_formula_shows_and_so_many_keys(n, block_size):
-    at = torch.arange(n)
-    assert torch.equal(sees(at, at, block_size), visible(n, block_size))
-    assert torch.equal(at + 1 - first_seen(at, block_size), visible(n, block_size).sum(-1))
-
-
-def test_documents_and_places_without_a_key_are_hidden():
-    at, ids = torch.arange(30), document_ids(30)
-    assert torch.equal(sees(at, at, 7, ids, ids)[:, None], within_documents(visible(30, 7), ids))
-    assert not sees(at, -1 - at, None).any()
 
 
 def decode_operations(num_layers: int, block_size: int | None) -> Operations:
@@ -117,14 +98,3 @@ def test_a_forward_that_raises_leaves_the_cache_as_it_was(part, sizes, block_siz
     assert torch.equal(cache.length, untouched.length)
     for piece in words[:, seen:].split([0, 1, 5, 1, words.shape[1] - seen - 7], dim=1):
         assert torch.equal(transformer(piece, cache), transformer(piece, untouched))
-
-
-def test_a_hybrid_gives_the_same_from_a_cache_as_at_once():
-    """Local layers of xPos, and a global one of partial xPos that sharpens."""
-    local, everywhere = partial(XPOS, scale_base=4), partial(XPOS, scale_base=8, max_wavelength=40)
-    options = {"positions": [local, local, everywhere], "block_size": [4, 8, None], "num_kv_heads": 2}
-    transformer = model(3, query_scaling=[None, None, LogNScaling(0.3, 10)], **options).requires_grad_(False)
-    words = tokens(2, 50)
-    cache = transformer.make_cache(2, 50)
-    pieces = [transformer(piece, cache) for piece in words.split([17, 1, 1, 30, 1], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, 1), transformer(words), rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,22 +36,24 @@ def make(**options: Any) -> Transformer:
     return Transformer(**(SIZES | options)).eval()
 
 
+def dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    return {name: t.dtype for name, t in model.state_dict().items()}
+
+
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
 def test_a_model_that_is_saved_and_loaded_gives_the_same_logits_bit_for_bit(options, tmp_path):
-    model = make(**{name: value for name, value in options.items() if name != "dtype"}).to(options.get("dtype"))
+    model = make(**options)
     model.distance_bias = ScaleInvariant(5.0)
     model.save_pretrained(tmp_path / "model")
     loaded = Transformer.from_pretrained(tmp_path / "model")
     assert loaded.config == model.config
     assert not loaded.training
-    dtypes = ({name: t.dtype for name, t in each.state_dict().items()} for each in (model, loaded))
-    assert next(dtypes) == next(dtypes)
+    assert dtypes(loaded) == dtypes(model)
     assert torch.equal(loaded(TOKENS), model(TOKENS))
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in loaded.parameters())
     assert (loaded.head.weight is loaded.embedding.weight) == model.config.tie_embeddings
-    assert ("head.weight" in safetensors_torch.load_file(tmp_path / "model/model.safetensors")) != (
-        model.config.tie_embeddings
-    )
+    stored = safetensors_torch.load_file(tmp_path / "model/model.safetensors")
+    assert ("head.weight" in stored) != model.config.tie_embeddings
 
 
 def test_a_model_of_a_configuration_is_a_fresh_one_of_its_arguments():
@@ -124,48 +127,42 @@ def test_what_the_library_cannot_make_again_is_not_saved(name, value, said, tmp_
     assert not (tmp_path / "model").exists()
 
 
-def edited(**changes: Any):
-    """Change the configuration; `...` takes a key away."""
-
-    def edit(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text()) | changes
-        kept = {key: value for key, value in config.items() if value is not ...}
-        (folder / "config.json").write_text(json.dumps(kept))
-
-    return edit
+def rewritten(folder: Path, **changes: Any) -> Path:
+    """With another configuration; `...` takes a key away."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return folder
 
 
-def cut(name: str):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:150])
+def cut(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:150])
 
 
-def stored(change):
-    def edit(folder: Path) -> None:
-        weights = safetensors_torch.load_file(folder / "model.safetensors")
-        change(weights)
-        safetensors_torch.save_file(weights, folder / "model.safetensors")
-
-    return edit
+def reweighted(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = safetensors_torch.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors_torch.save_file(weights, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "there is no "),
-        (cut("config.json"), "config.json: "),
-        (cut("model.safetensors"), "model.safetensors: "),
+        (partial(cut, name="config.json"), "config.json: "),
+        (partial(cut, name="model.safetensors"), "model.safetensors: "),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json: must be a mapping with model_type "),
-        (edited(model_type="gpt2"), "config.json: must be a mapping with model_type 'xpos_zoo'"),
-        (edited(version=2), "config.json: must be a mapping with version 3"),
-        (edited(head_dim=...), "config.json: lacks 'head_dim'"),
-        (edited(head_dimm=3), "config.json: has an unknown 'head_dimm'"),
-        (edited(num_kv_heads=3), "config.json: num_kv_heads must divide num_heads=2, got 3"),
-        (edited(positions={"name": "os.system"}), "config.json: positions must be a mapping with the name XPOS or "),
-        (edited(positions={"name": "XPOS", "scale": 3}), "unexpected keyword argument 'scale'"),
-        (edited(distance_bias={"name": "eval"}), "distance_bias must be a mapping with the name SoftTail or"),
-        (edited(hidden_dim=32), "size mismatch for layers.0.feed_forward.gate_proj.weight"),
-        (stored(lambda weights: weights.pop("norm.weight")), 'Missing key(s) in state_dict: "norm.weight"'),
-        (stored(lambda weights: weights["layers.0.attention.positions.scale"].mul_(2)), "scale must be (i / (head_dim"),
+        (partial(rewritten, model_type="gpt2"), "config.json: must be a mapping with model_type 'xpos_zoo'"),
+        (partial(rewritten, version=2), "config.json: must be a mapping with version 3"),
+        (partial(rewritten, head_dim=...), "config.json: lacks 'head_dim'"),
+        (partial(rewritten, head_dimm=3), "config.json: has an unknown 'head_dimm'"),
+        (partial(rewritten, num_kv_heads=3), "config.json: num_kv_heads must divide num_heads=2, got 3"),
+        (partial(rewritten, positions={"name": "os.system"}), "config.json: positions must be a mapping with the name"),
+        (partial(rewritten, positions={"name": "XPOS", "scale": 3}), "unexpected keyword argument 'scale'"),
+        (partial(rewritten, distance_bias={"name": "eval"}), "distance_bias must be a mapping with the name SoftTail"),
+        (partial(rewritten, hidden_dim=32), "size mismatch for layers.0.feed_forward.gate_proj.weight"),
+        (partial(reweighted, change=lambda w: w.pop("norm.weight")), 'Missing key(s) in state_dict: "norm.weight"'),
+        (partial(reweighted, change=lambda w: w["layers.0.attention.positions.scale"].mul_(2)), "scale must be (i / "),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said_in_one_line_that_names_it(damage, message, tmp_path):
