@@ -415,8 +415,9 @@ def block_count(n: int, w: int, cached: bool) -> int:
     """Blocks of w tokens for n of them; from a cache, also for what they see before them, wherever they begin."""
     if cached:
         return (n + 3 * w - 2) // w
-    # A graph for any length takes a block too many: else there would be one graph more.
-    return n // w + 1 - known(n % w == 0) if torch.compiler.is_compiling() else -(-n // w)
+    # A graph for any length takes a block too many: else there would be one graph more. `int`: before 2.13 torch could
+    # not subtract a bool from a symbolic integer.
+    return n // w + 1 - int(known(n % w == 0)) if torch.compiler.is_compiling() else -(-n // w)
 
 
 def known(condition: bool) -> bool:
