@@ -236,8 +236,8 @@ def plan_layers(
             raise ValueError("block_size must be set with cp_mesh, got None: dense layers need the keys of all ranks")
         if n == 0 or n % w:
             raise ValueError(f"seq_len must be a multiple of block_size={w} with cp_mesh, got {n}")
-    known = torch.amp.is_autocast_available(x.device.type)  # the meta device is not
-    autocast = known and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    # The meta device has no autocast. (`is_autocast_available` would break a graph of torch 2.11.)
+    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if cache is not None:
         if len(cache.layers) != len(layers):

@@ -300,7 +300,7 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
     From a cache, each row is laid out from the first block that its new tokens see.
     """
     n, ids, span = tokens.n, tokens.document_ids, pattern.positions.max_span(tokens.dtype)
-    blocks = block_count(n, w, cache is not None) + pattern.preceded
+    blocks = block_count(n, w, cache is not None) + int(pattern.preceded)
     at = torch.arange(2 * w, device=tokens.device)
     p = part_size(pattern.positions, w)
     must_mask = bool(pattern.biases) or ids is not None
@@ -415,8 +415,11 @@ def block_count(n: int, w: int, cached: bool) -> int:
     """Blocks of w tokens for n of them; from a cache, also for what they see before them, wherever they begin."""
     if cached:
         return (n + 3 * w - 2) // w
-    # A graph for any length takes a block too many: else there would be one graph more.
-    return n // w + 1 - known(n % w == 0) if torch.compiler.is_compiling() else -(-n // w)
+    if not torch.compiler.is_compiling():
+        return -(-n // w)
+    # A graph for any length takes a block too many: else there would be one graph more. Not `- known(...)`: torch 2.11
+    # and 2.12 cannot subtract a bool from a symbolic integer.
+    return n // w if known(n % w == 0) else n // w + 1
 
 
 def known(condition: bool) -> bool:

@@ -296,7 +296,7 @@ class PositionModule(nn.Module):
         factors, stays finite in float32. In float16 queries and keys may be as large as 4000, and as small as 0.001
         before they lose precision.
         """
-        return self._spans[dtype != torch.float16]
+        return self._spans[0 if dtype == torch.float16 else 1]  # torch 2.11 compiles no index that is a bool
 
 
 def as_table(rows: list[Tensor]) -> Tensor:
