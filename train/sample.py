@@ -57,7 +57,7 @@ def sample(
         raise UserError(f"prompt must have at least one token, got {prompt!r}")
     model = load_model(path, device)
     try:
-        far = [attention.query_scaling is not None or bool(attention.pattern.biases) for attention in model.attentions]
+        far = [attention.query_scaling is not None or attention.pattern.biased for attention in model.attentions]
         default = [
             each.block_size or (None if keeps else half) for each, keeps in zip(model.attentions, far, strict=True)
         ]

@@ -72,6 +72,10 @@ class Pattern:
         return [bias for bias in both if bias is not None]
 
     @property
+    def biased(self) -> bool:
+        return len(self.biases) > 0  # torch 2.11 compiles no bool of a list
+
+    @property
     def learned(self) -> bool:
         """Whether a bias may have parameters, which belong to a layer: then each layer evaluates it."""
         return isinstance(self.distance_bias, nn.Module) or any(True for _ in self.positions.parameters())
@@ -218,7 +222,7 @@ def logits_at(distance: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor | None
 def flexible(pattern: Pattern, n: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `attend` leaves biases of n queries to FlexAttention: on CUDA one kernel, where masks would be n x m."""
     fits = dtype != torch.float64 and len(pattern.positions.rates) >= 8  # head dimensions from 16 on
-    return bool(pattern.biases) and n > 1 and device.type == "cuda" and fits
+    return pattern.biased and n > 1 and device.type == "cuda" and fits
 
 
 class Plan:
@@ -269,7 +273,7 @@ def make_plan(pattern: Pattern, tokens: Tokens, cache: LayerCache | None = None)
 def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) -> Plan:
     """Queries on all keys before them: those that come with them, or a cache's."""
     n, positions, ids, q_at = tokens.n, pattern.positions, tokens.document_ids, tokens.positions
-    masked = bool(pattern.biases) or ids is not None or cache is not None
+    masked = pattern.biased or ids is not None or cache is not None
     plain = (
         n > QUERY_CHUNK and not torch.compiler.is_compiling() and not flexible(pattern, n, tokens.device, tokens.dtype)
     )
@@ -303,7 +307,7 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
     blocks = block_count(n, w, cache is not None) + int(pattern.preceded)
     at = torch.arange(2 * w, device=tokens.device)
     p = part_size(pattern.positions, w)
-    must_mask = bool(pattern.biases) or ids is not None
+    must_mask = pattern.biased or ids is not None
     masked = must_mask or not aligned(pattern, tokens)
     if 2 * w <= span:  # one origin for both blocks
         chunk = min(w, QUERY_CHUNK) if masked else ALL
