@@ -12,7 +12,7 @@ import seaborn as sns
 
 from study.context_use import FAR, far_table
 from study.recall import CHANCE, wilson
-from study.recipes import HEADLINE, TAILED, ablations
+from study.recipes import HEADLINE, PARTIAL, ablations
 from study.thresholds import LONG_THRESHOLDS, recall_verdicts, verdicts
 from train.errors import command
 from train.extrapolate import loss_table, perplexity_table, rise_table
@@ -178,7 +178,7 @@ def plot_long(loss: Results, recall: Results) -> sns.FacetGrid:
 
 def plot_attention(use: Results) -> sns.FacetGrid:
     """Where each head attends from the end of the longest window, of one seed: a line a head, a panel a layer."""
-    shown = (TAILED, "p-RoPE, ScaleInvariant", "xPos")
+    shown = (PARTIAL, "p-RoPE, ScaleInvariant", "xPos")
     frame = use.tables["attention"].query(f"seed == seed.min() and encoding in {shown}")
     frame = frame.assign(distance=frame["distance"].clip(lower=0.5) / use.length, share=100 * frame["share"])
     options: dict[str, Any] = {

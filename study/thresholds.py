@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import product
 from typing import NamedTuple
 
 import pandas as pd
 
-from study.recipes import PARTIAL, TAILED
+from study.recipes import PARTIAL
 from train.measure import Results, by_window, estimate, in_lengths
 
 Line = tuple[str, str]  # an encoding in a mode
@@ -88,37 +87,27 @@ def recompute(losses: Losses) -> tuple[bool, str]:
     return difference[0] <= 0.01, f"at most {nats(difference, 4)}, at {multiple:g} L"
 
 
-def stays(ours: Line) -> Judge:
-    def judge(losses: Losses) -> tuple[bool, str]:
-        rise = rises(losses, ours, 64)
-        near, far = (max(rise[m][2] for m in rise if m <= reach) for reach in (16, 64))
-        multiple, worst = max(rise.items(), key=lambda item: item[1][2])
-        return near <= 0.01 and far <= 0.02, f"at most {nats(worst, 4)}, at {multiple:g} L"
-
-    return judge
+def stays(losses: Losses) -> tuple[bool, str]:
+    rise = rises(losses, OURS, 64)
+    near, far = (max(rise[m][2] for m in rise if m <= reach) for reach in (16, 64))
+    multiple, worst = max(rise.items(), key=lambda item: item[1][2])
+    return near <= 0.01 and far <= 0.02, f"at most {nats(worst, 4)}, at {multiple:g} L"
 
 
-def lower_at_length(ours: Line) -> Judge:
-    def judge(losses: Losses) -> tuple[bool, str]:
-        found = {other[0]: estimate(losses[ours][1] - losses[other][1]) for other in (ROPE, XPOS)}
-        told = ", ".join(f"{nats(figures, 4)} of {name}" for name, figures in found.items())
-        return all(figures[2] < 0 for figures in found.values()), told
-
-    return judge
+def lower_at_length(losses: Losses) -> tuple[bool, str]:
+    found = {other[0]: estimate(losses[OURS][1] - losses[other][1]) for other in (ROPE, XPOS)}
+    told = ", ".join(f"{nats(figures, 4)} of {name}" for name, figures in found.items())
+    return all(figures[2] < 0 for figures in found.values()), told
 
 
-def helps(ours: Line) -> Judge:
-    def judge(losses: Losses) -> tuple[bool, str]:
-        found = {multiple: estimate(losses[ours][multiple] - losses[ours][1]) for multiple in (2, 8)}
-        told = ", ".join(f"{nats(figures, 4)} at {multiple} L" for multiple, figures in found.items())
-        return all(figures[2] < 0 for figures in found.values()), told
-
-    return judge
+def helps(losses: Losses) -> tuple[bool, str]:
+    found = {multiple: estimate(losses[OURS][multiple] - losses[OURS][1]) for multiple in (2, 8)}
+    told = ", ".join(f"{nats(figures, 4)} at {multiple} L" for multiple, figures in found.items())
+    return all(figures[2] < 0 for figures in found.values()), told
 
 
 def decay(losses: Losses) -> tuple[None, str]:
-    ours, other = (PARTIAL, "dense"), ("p-RoPE, ScaleInvariant", "dense")
-    found = {multiple: estimate(losses[ours][multiple] - losses[other][multiple]) for multiple in (1, 8, 64)}
+    found = {multiple: estimate(losses[OURS][multiple] - losses[P_ROPE][multiple]) for multiple in (1, 8, 64)}
     return None, ", ".join(f"{nats(figures, 4)} nats at {m} L".replace("1 L", "L") for m, figures in found.items())
 
 
@@ -143,25 +132,21 @@ THRESHOLDS = [
     Threshold(NO_WORSE, (BCA, RECOMPUTE), 2, 64, recompute),
 ]
 
-
-def long_thresholds(recipe: str) -> list[Threshold]:
-    ours, near_far = (recipe, "dense"), "+0.01 nats of L up to 16 L, +0.02 to 64 L (upper end)"
-    below = f"loss at L, {recipe} is below RoPE and xPos (whole interval)"
-    return [
-        Threshold(f"loss, {recipe} is within {near_far}", (ours,), 2, 64, stays(ours)),
-        Threshold(below, (ours, ROPE, XPOS), 1, 1, lower_at_length(ours)),
-        Threshold(f"gain, {recipe} is at 2 L and at 8 L below L (whole interval)", (ours,), 8, 8, helps(ours)),
-    ]
-
-
-DECAY = Threshold(
-    f"decay, {PARTIAL} less p-RoPE, ScaleInvariant",
-    ((PARTIAL, "dense"), ("p-RoPE, ScaleInvariant", "dense")),
-    64,
-    64,
-    decay,
-)
-LONG_THRESHOLDS = [*long_thresholds(TAILED), *long_thresholds(PARTIAL), DECAY]
+OURS, P_ROPE = (PARTIAL, "dense"), ("p-RoPE, ScaleInvariant", "dense")
+LONG_THRESHOLDS = [
+    Threshold(
+        f"loss, {PARTIAL} is within +0.01 nats of L up to 16 L, +0.02 to 64 L (upper end)", (OURS,), 2, 64, stays
+    ),
+    Threshold(
+        f"loss at L, {PARTIAL} is below RoPE and xPos (whole interval)",
+        (OURS, ROPE, XPOS),
+        1,
+        1,
+        lower_at_length,
+    ),
+    Threshold(f"gain, {PARTIAL} is at 2 L and at 8 L below L (whole interval)", (OURS,), 8, 8, helps),
+    Threshold(f"decay, {PARTIAL} less p-RoPE, ScaleInvariant", (OURS, P_ROPE), 64, 64, decay),
+]
 RECALLED = {8: 99, 32: 95, 64: 95}  # per cent at least, of the worst seed, by distance in trained lengths
 
 
@@ -174,11 +159,11 @@ def verdicts(results: Results, thresholds: Sequence[Threshold] = tuple(THRESHOLD
 
 
 def recall_verdicts(results: Results) -> list[str]:
-    """For each distance that has a threshold, the worst seed of the recommended recipe, with and without its tail."""
-    right, found = results.tables["right"].query("distractors == 'growing'"), []
-    for recipe, (multiple, least) in product((TAILED, PARTIAL), RECALLED.items()):
-        at = right[(right["encoding"] == recipe) & (right["distance"] == multiple * results.length)]
+    """For each distance that has a threshold, the worst seed of the recommended recipe."""
+    right, found = results.tables["right"].query(f"distractors == 'growing' and encoding == '{PARTIAL}'"), []
+    for multiple, least in RECALLED.items():
+        at = right[right["distance"] == multiple * results.length]
         worst = min(100 * at["right"] / at["asked"], default=math.nan)
-        told = f"recall, {recipe} at {multiple} L at least {least} % in the worst of {len(at)} seeds: {worst:.1f} %"
+        told = f"recall, {PARTIAL} at {multiple} L at least {least} % in the worst of {len(at)} seeds: {worst:.1f} %"
         found.append(f"{'not measured' if at.empty else 'met' if worst >= least else 'MISSED'}: {told}")
     return found

@@ -96,15 +96,8 @@ def encoding_of(positions: Any, query_scaling: Any = None, distance_bias: Any = 
         name, options = str(layer["class_path"]).rpartition(".")[2], layer.get("init_args") or {}
         return ENCODINGS.get(name, (name,))[-1 if options.get("max_wavelength") else 0]
 
-    def name_of(what: dict[str, Any]) -> str:
-        tail = what["name"] == "ScaleInvariant" and what.get("power")
-        return what["name"] + (" with a tail" if tail else "")
-
     each = [value if isinstance(value, list) else [value] for value in (positions, query_scaling, distance_bias)]
-    names = [
-        [position_module(layer) for layer in each[0]],
-        *([name_of(what) for what in own if what] for own in each[1:]),
-    ]
+    names = [[position_module(layer) for layer in each[0]], *([v["name"] for v in own if v] for own in each[1:])]
     return ", ".join(" and ".join(dict.fromkeys(own)) for own in names if own)
 
 
