@@ -230,6 +230,8 @@ def test_the_pages_examples_run_one_after_the_other(tmp_path, monkeypatch):
     for example in rest:
         exec(example, names)
     assert names["tokens"].shape == (1, 24)
+    assert names["rows"].shape == (2, 36)
+    assert names["batch"].attention_mask[0].tolist() == 12 * [0] + 4 * [1]
     assert names["text"][0]["generated_text"].startswith("def ")
     assert Transformer.from_pretrained("my_blockwise_model").block_size == 32
 
@@ -250,20 +252,3 @@ def test_a_model_that_transformers_wrote_in_pieces_is_read(both, tmp_path):
     assert not (tmp_path / "pieces" / "model.safetensors").exists()
     words = tokens(2, 9)
     assert torch.equal(Transformer.from_pretrained(tmp_path / "pieces")(words), ours(words))
-
-
-@pytest.mark.soak
-def test_lm_eval_measures_our_bits_a_byte(both, tmp_path):
-    """In windows of 64 bytes, of which the last begins early enough to be as long."""
-    models, api = (pytest.importorskip(f"lm_eval.{name}") for name in ("models.huggingface", "api.instance"))
-    ours, _ = both
-    text = bytes(range(32, 127)).decode() * 7
-    folder, data, n = str(tmp_path / "model"), torch.tensor(list(text.encode())), 64
-    lm = models.HFLM(folder, tokenizer=folder, device="cpu", max_length=n, prefix_token_id=0, batch_size=4)
-    (theirs,) = lm.loglikelihood_rolling([api.Instance("loglikelihood_rolling", {}, (text,), 0)])
-    read, expected = torch.cat((torch.zeros(1, dtype=torch.int64), data)), 0.0
-    for start in range(0, len(data), n):
-        end = min(start + n, len(data))
-        logits = ours(read[None, end - n : end])[0, start - end :]
-        expected -= torch.nn.functional.cross_entropy(logits, data[start:end], reduction="sum").item()
-    assert theirs == pytest.approx(expected, rel=1e-6)
