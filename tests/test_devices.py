@@ -67,8 +67,9 @@ def test_two_processes_train_as_one_does_on_both_their_batches(strategy, tmp_pat
     # One process goes on from the checkpoint of two, and two do, too.
     shutil.copytree(runs["two"], runs["went_on"], ignore=shutil.ignore_patterns("metrics", ".lock"))
     main(command(tmp_path, "went_on"), data=BothRanks)
-    compiled = str(len(strategy) > 1).lower()  # for one of the strategies
-    done = in_subprocess("-m", "train", *two, f"--model.compile={compiled}")
+    # For one of the strategies; what torch 2.11 compiles of float64 attention's backward on a CPU mixes its types.
+    compiled = len(strategy) > 1 and not torch.__version__.startswith("2.11")
+    done = in_subprocess("-m", "train", *two, f"--model.compile={str(compiled).lower()}")
     assert done.returncode == 0, done.stderr
     expected = read_checkpoint(runs["one"])
     for name in ("two", "went_on"):
