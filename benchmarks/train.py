@@ -102,19 +102,19 @@ def main() -> None:
     windows = torch.randint(256, (batch * options.steps, length + 1))
     data = DataLoader(windows, batch_size=batch)  # type: ignore[arg-type]
     times: dict[str, list[float]] = {"lightning": [], "bare": []}
+    settings = {"batch_size": batch, "context_length": length, **model}
+    row: dict[str, Any] = {"size": options.size, "precision": options.precision}
     for rounds in range(1, options.rounds + 1):
         for name, one_round in (("lightning", lightning_round), ("bare", bare_round)):
             times[name] += one_round(module, data, options.precision, options.device)[5:]
             print(name, f"{statistics.median(times[name]):.2f} ms a step", flush=True)
-        row: dict[str, Any] = {"size": options.size, "precision": options.precision}
         step = {name: statistics.median(each) for name, each in times.items()}
-        row["lightning / bare"] = step["lightning"] / step["bare"]
+        row["rounds"], row["lightning / bare"] = rounds, step["lightning"] / step["bare"]
         if options.device == "cuda":
             rate = batch * length * training_flops(module.transformer, length) / (step["lightning"] / 1000)
             reached = matrix_product_rate(torch.bfloat16 if options.precision == "bf16-mixed" else torch.float32)
             row["tokens a second"] = batch * length / (step["lightning"] / 1000)
             row["share of the matrix product's rate"] = rate / reached
-        settings = {"batch_size": batch, "context_length": length, "rounds": rounds, **model}
         record(f"train-{options.size}", options.device, settings, [row])
     publish(f"train-{options.size}", options.device, settings, [row])
 
