@@ -3,7 +3,8 @@
 Each part is a process of its own with a bound on its time. How it ended is kept in results/gpu.json as it comes, and
 what it measured beside it: a part that is done is not run again; one that failed or was cut short stops no other, and
 is tried again after those that were not (the study then goes on, others begin anew). At the end docs/performance.md
-gets the tables, and a table of parts is printed. `--toy` runs all but the study on a CPU, in sizes that mean nothing.
+gets the tables, and a table of parts is printed. `--toy` runs all on a CPU but what takes minutes there,
+launches and the study, in sizes that mean nothing.
 """
 
 import argparse
@@ -37,7 +38,7 @@ class Part(NamedTuple):
 STUDY = "--size {} --output runs/study-gpu --results runs/study-gpu/results"
 PARTS = {
     "tests": Part(6, "pytest", "-m gpu -q", "-m gpu -q tests/test_attention.py"),
-    "launches": Part(3, "benchmarks.launches", "--device cuda", ""),
+    "launches": Part(3, "benchmarks.launches", "--device cuda", "--help"),
     "rotation": Part(
         8,
         "benchmarks.rotary",
@@ -54,13 +55,10 @@ PARTS = {
         6,
         "benchmarks.blockwise",
         "--device cuda --dtype bfloat16 --seconds 0.3 --dense-limit 65536",
-        "--dtype bfloat16 --seconds 0 --lengths 1024",
+        "--seconds 0 --lengths 1024",
     ),
     "decoding": Part(
-        5,
-        "benchmarks.decode",
-        "--device cuda --dtype bfloat16 --seconds 0.3",
-        "--dtype bfloat16 --seconds 0 --positions 8",
+        5, "benchmarks.decode", "--device cuda --dtype bfloat16 --seconds 0.3", "--seconds 0 --positions 8"
     ),
     "memory": Part(
         5,
@@ -89,7 +87,7 @@ def run(name: str, part: Part, seconds: float, toy: bool, results: Path) -> dict
     command = [sys.executable, "-m", part.module, *shlex.split(part.toy if toy else part.options)]
     print(f"\n{name}: python -m {' '.join(command[2:])}, at most {seconds:.0f} s", flush=True)
     environment = os.environ | {"BENCHMARK_RESULTS": str(results)}
-    if toy and part.module not in ("benchmarks.decode", "benchmarks.launches"):  # which ask for graphs
+    if toy and part.module != "benchmarks.decode":  # which asks for one graph
         environment["TORCH_COMPILE_DISABLE"] = "1"
     log, begun = results / f"gpu-{name.replace(' ', '-')}.log", time.monotonic()
     with log.open("w") as output:
