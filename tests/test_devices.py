@@ -67,8 +67,8 @@ def test_two_processes_train_as_one_does_on_both_their_batches(strategy, tmp_pat
     # One process goes on from the checkpoint of two, and two do, too.
     shutil.copytree(runs["two"], runs["went_on"], ignore=shutil.ignore_patterns("metrics", ".lock"))
     main(command(tmp_path, "went_on"), data=BothRanks)
-    # For one of the strategies; what torch 2.11 compiles of float64 attention's backward on a CPU mixes its types.
-    compiled = len(strategy) > 1 and not torch.__version__.startswith("2.11")
+    # For one of the strategies; before torch 2.13 a compiled backward of float64 attention on a CPU mixes its types.
+    compiled = len(strategy) > 1 and not torch.__version__.startswith(("2.11", "2.12"))
     done = in_subprocess("-m", "train", *two, f"--model.compile={str(compiled).lower()}")
     assert done.returncode == 0, done.stderr
     expected = read_checkpoint(runs["one"])
