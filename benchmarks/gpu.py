@@ -3,8 +3,8 @@
 Each part is a process of its own with a bound on its time. How it ended is kept in results/gpu.json as it comes, and
 what it measured beside it: a part that is done is not run again; one that failed or was cut short stops no other, and
 is tried again after those that were not (the study then goes on, others begin anew). At the end docs/performance.md
-gets the tables, and a table of parts is printed. `--toy` runs all on a CPU but what takes minutes there,
-launches and the study, in sizes that mean nothing.
+gets the tables, and a table of parts is printed. `--toy` runs all on a CPU but what takes minutes there, launches and
+the study, in sizes that mean nothing.
 """
 
 import argparse

@@ -30,6 +30,11 @@ def where(results: Results, query: str) -> Results:
     return replace(results, tables={"loss": results.tables["loss"].query(query)})
 
 
+def of_seeds_that_all_have(frame: Any) -> Any:
+    counts = frame.groupby("seed")["encoding"].nunique()
+    return frame[frame["seed"].map(counts) == counts.max()]
+
+
 def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable[[Results], str]:
     """The table of the headline's recipes, of hybrids, of ablations or of all others, from L on."""
 
@@ -41,9 +46,8 @@ def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable
     def some(results: Results) -> str:
         frame = results.tables[name]
         shown = frame[frame["encoding"].map(kind_of) == kind]
-        if kind == "headline":  # of seeds that all have
-            counts = shown.groupby("seed")["encoding"].nunique()
-            shown = shown[shown["seed"].map(counts) == counts.max()]
+        if kind == "headline":
+            shown = of_seeds_that_all_have(shown)
         shown = shown[shown["context" if "context" in shown else "distance"] >= results.length]
         if shown.empty:
             return "not measured yet"
@@ -51,6 +55,10 @@ def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable
         return make(replace(results, tables={name: shown.assign(label=label)}))
 
     return some
+
+
+def recipes_far(results: Results) -> str:
+    return far_table(replace(results, tables={"far": of_seeds_that_all_have(results.tables["far"])}))
 
 
 def occurrence_table(results: Results) -> str:
@@ -118,7 +126,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "recipes-recall-other": ("recipes_recall", recipes_of("other", "right", recall_table)),
     "hybrids-recall": ("recipes_recall", recipes_of("hybrid", "right", recall_table)),
     "ablations-recall": ("recipes_recall", recipes_of("ablation", "right", recall_table)),
-    "recipes-far": ("recipes_use", far_table),
+    "recipes-far": ("recipes_use", recipes_far),
     "recall-by-seed": ("recall", recall_by_seed),
 }
 

@@ -65,10 +65,10 @@ class ScaleInvariant:
     """Logits whose share of far keys does not grow with their number, in training and after (arXiv 2505.17083).
 
     At distance t a score S becomes a_t S + 1 - a_t^2, where a_t^2 = 2 ln(t / tau + 1) + 1: if scores are normally
-    distributed, the keys between t and 2 t together weigh the same for every t above tau. From trained_length on that
-    sum, too, may converge: with a power above 0 the logit gets `SoftTail`'s -power ln(t / trained_length) added, which
-    changes nothing in training. ValueError if tau is not positive, or one is negative or not finite, or there is a
-    power without a trained_length.
+    distributed, the keys between t and 2 t together weigh the same for every t above tau. With a power above 0, logits
+    beyond trained_length get a `SoftTail` of it added, which changes nothing in training: each such octave then weighs
+    2^-power of the one before, and all of them together stay finite. ValueError if tau is not positive and finite, or
+    there is a power that `SoftTail` would not take, or one without a trained_length.
     """
 
     tau: float = 10.0

@@ -123,8 +123,11 @@ def read_folder(folder: Path, make: Callable[[TransformerConfig], Any], device: 
     files = [folder / WEIGHTS]
     if not files[0].exists():
         files = sorted(folder.glob("model-*-of-*.safetensors")) or files  # as transformers cuts a large model
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        with errors_naming(file):
+            weights |= torch_files.load_file(file, device=str(device))
     with errors_naming(files[0]):
-        weights = {k: v for file in files for k, v in torch_files.load_file(file, device=str(device)).items()}
         if config.tie_embeddings:
             weights["head.weight"] = weights["embedding.weight"]
         model.load_state_dict(weights, assign=True)
