@@ -33,10 +33,10 @@ class DistanceBias(Protocol):
     def __call__(self, distance: Tensor) -> Tensor: ...
 
 
-def check(name: str, value: float, trained_length: int) -> None:
+def check(name: str, value: float, trained_length: int | None) -> None:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be 0 or above and finite, got {value}")
-    if not trained_length > 0:
+    if trained_length is None or not trained_length > 0:
         raise ValueError(f"trained_length must be above 0, got {trained_length}")
 
 
@@ -79,7 +79,7 @@ class ScaleInvariant:
         if not 0 < self.tau < math.inf:
             raise ValueError(f"tau must be above 0 and finite, got {self.tau}")
         if self.power or self.trained_length is not None:
-            check("power", self.power, self.trained_length or 0)
+            check("power", self.power, self.trained_length)
 
     def gain(self, distance: Tensor) -> Tensor:
         return (2 * torch.log1p(distance.clamp(min=0).float() / self.tau) + 1).sqrt()
