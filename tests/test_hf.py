@@ -244,6 +244,8 @@ def test_a_loop_by_hand_may_call_the_cache_past_key_values(both):
         output = theirs(words[:, i : i + 1], past_key_values=before)
         assert relative_error(output.logits, expected[:, i : i + 1]) < CONTRACT
         before = output.past_key_values
+    with pytest.raises(ValueError, match="two names of one argument"):
+        theirs(words[:, :1], cache=before, past_key_values=before)
 
 
 def test_a_model_that_transformers_wrote_in_pieces_is_read(both, tmp_path):
@@ -252,3 +254,7 @@ def test_a_model_that_transformers_wrote_in_pieces_is_read(both, tmp_path):
     assert not (tmp_path / "pieces" / "model.safetensors").exists()
     words = tokens(2, 9)
     assert torch.equal(Transformer.from_pretrained(tmp_path / "pieces")(words), ours(words))
+    missing = sorted((tmp_path / "pieces").glob("model-*.safetensors"))[1]
+    missing.unlink()
+    with pytest.raises(ValueError, match=rf"^there is no {missing}"):
+        Transformer.from_pretrained(tmp_path / "pieces")

@@ -162,6 +162,8 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds must be given, not both")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument; give one")
         model, x = self.model, inputs_embeds
         cache = past_key_values if cache is None else cache
         if x is None:

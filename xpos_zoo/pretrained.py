@@ -121,8 +121,10 @@ def read_folder(folder: Path, make: Callable[[TransformerConfig], Any], device: 
         config = read_config(folder / CONFIG)
         model = make(config)
     files = [folder / WEIGHTS]
-    if not files[0].exists():
-        files = sorted(folder.glob("model-*-of-*.safetensors")) or files  # as transformers cuts a large model
+    index = folder / f"{WEIGHTS}.index.json"  # of a large model, which transformers cuts in pieces
+    if index.exists() and not files[0].exists():
+        with errors_naming(index):
+            files = [folder / name for name in sorted({*json.loads(index.read_bytes())["weight_map"].values()})]
     weights: dict[str, Tensor] = {}
     for file in files:
         with errors_naming(file):
