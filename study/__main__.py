@@ -30,6 +30,7 @@ from train.runs import Run, find_runs
 
 LOG_N = (0.05, 0.1, 0.2, 0.4)
 TAILS = (1.0, 2.0, 4.0, 8.0)
+SHARPENED = "partial xPos, ScalableSoftmax"  # which a tail does not make flat: near logits are sharpened, too
 
 
 class Training(NamedTuple):
@@ -102,6 +103,8 @@ class Study(NamedTuple):
         used = [mode for mode in modes if mode.name in MODES]
         recalls = self.trainings(some(on_task, "xPos", "RoPE"), seeds[:3], "recall")
         far = partial(measure_recall, longest=128, distractors=DISTRACTORS)
+        sharpened = self.trainings(some(on_text, SHARPENED), first)
+        asked_sharpened = self.trainings(some(on_task, SHARPENED), first, "recall")
         return [
             Measurement("loss", both, modes, measure_loss),
             Measurement("encodings", others, [dense, bca], measure_loss),
@@ -115,6 +118,8 @@ class Study(NamedTuple):
             Measurement("recipes_use", headline, [dense], measure_context_use),
             Measurement("recipes_loss", more, [dense], measure_loss),
             Measurement("recipes_recall", self.trainings(asked_more, first, "recall"), [dense], far),
+            Measurement("recipes_loss", sharpened, [standard_modes(length, tail=1)[2]], measure_loss),
+            Measurement("recipes_recall", asked_sharpened, [standard_modes(task_length, tail=1)[2]], far),
         ]
 
 

@@ -51,7 +51,9 @@ def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable
         shown = shown[shown["context" if "context" in shown else "distance"] >= results.length]
         if shown.empty:
             return "not measured yet"
-        label = shown["distractors"] + " distractors" if "distractors" in shown else ""
+        label = shown["label"].str.removeprefix("dense").str.removeprefix(", ")
+        if "distractors" in shown:
+            label = label.where(label == "", label + ", ") + shown["distractors"] + " distractors"
         return make(replace(results, tables={name: shown.assign(label=label)}))
 
     return some
