@@ -9,7 +9,8 @@ from typing import Any
 Options = dict[str, Any]  # of train.language_model.LanguageModel
 
 PARTIAL = "partial xPos, ScaleInvariant"  # configs/long.yaml
-HEADLINE = ("RoPE", "xPos", PARTIAL, "p-RoPE, ScaleInvariant", "xPos, ScaleInvariant")
+TAILED = f"{PARTIAL}, tail"
+HEADLINE = ("RoPE", "xPos", PARTIAL, TAILED, "p-RoPE, ScaleInvariant", "xPos, ScaleInvariant")
 
 
 def recipes(length: int, num_heads: int) -> dict[str, Options]:
@@ -28,9 +29,11 @@ def recipes(length: int, num_heads: int) -> dict[str, Options]:
         ", ScalableSoftmax": {"query_scaling": {"name": "ScalableSoftmax", "trained_length": length}},
         ", ScaleInvariant": {"distance_bias": {"name": "ScaleInvariant"}},
     }
-    return {
+    known = {
         encoding + by: {"positions": positions[encoding], **logits[by]} for encoding, by in product(positions, logits)
     }
+    tail = {"name": "ScaleInvariant", "tau": 30, "power": 1, "start": length // 4}
+    return known | {TAILED: {"positions": positions["partial xPos"], "distance_bias": tail}}
 
 
 def hybrids(length: int, num_heads: int, num_layers: int) -> dict[str, Options]:
@@ -63,8 +66,9 @@ def ablations(length: int) -> dict[str, Options]:
         f"pairs slower than {name} left out": changed(module("XPOS", max_wavelength=n)) for name, n in cuts.items()
     }
     found |= {f"tau {tau}": changed(tau=tau) for tau in (3, 30)}
-    tail = {"name": "ScaleInvariant", "tau": 10, "power": 1, "trained_length": length}
-    found["a tail of power 1"] = {**changed(), "distance_bias": tail}
+    for name, start in (("L", length), ("L/4", length // 4)):
+        tail = {"name": "ScaleInvariant", "tau": 10, "power": 1, "start": start}
+        found[f"a tail from {name}"] = {**changed(), "distance_bias": tail}
     found |= {f"scale_base {name}": changed(scale_base=n) for name, n in (("L/4", length / 4), ("2 L", 2 * length))}
     for part in ("gain", "bias"):
         alone = module("study.encodings.PartOfScaleInvariant", max_wavelength=length, part=part)

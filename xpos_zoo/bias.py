@@ -33,11 +33,11 @@ class DistanceBias(Protocol):
     def __call__(self, distance: Tensor) -> Tensor: ...
 
 
-def check(name: str, value: float, trained_length: int | None) -> None:
+def check(name: str, value: float, length: int | None, length_name: str = "trained_length") -> None:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be 0 or above and finite, got {value}")
-    if trained_length is None or not trained_length > 0:
-        raise ValueError(f"trained_length must be above 0, got {trained_length}")
+    if length is None or not length > 0:
+        raise ValueError(f"{length_name} must be above 0, got {length}")
 
 
 @dataclass(frozen=True)
@@ -66,27 +66,27 @@ class ScaleInvariant:
 
     At distance t a score S becomes a_t S + 1 - a_t^2, where a_t^2 = 2 ln(t / tau + 1) + 1: if scores are normally
     distributed, the keys between t and 2 t together weigh the same for every t above tau. With a power above 0, logits
-    beyond trained_length get a `SoftTail` of it added, which changes nothing in training: each such octave then weighs
-    2^-power of the one before, and all of them together stay finite. ValueError if tau is not positive and finite, or
-    there is a power that `SoftTail` would not take, or one without a trained_length.
+    at distances t above start get -power * ln(t / start) added: each octave then weighs 2^-power of the one before, and
+    all of them together stay finite. A quarter of the trained length is a good start: the model is trained with it.
+    ValueError if tau is not positive and finite, power is negative or infinite, or there is a power without a start.
     """
 
     tau: float = 10.0
     power: float = 0.0
-    trained_length: int | None = None
+    start: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.tau < math.inf:
             raise ValueError(f"tau must be above 0 and finite, got {self.tau}")
-        if self.power or self.trained_length is not None:
-            check("power", self.power, self.trained_length)
+        if self.power or self.start is not None:
+            check("power", self.power, self.start, "start")
 
     def gain(self, distance: Tensor) -> Tensor:
         return (2 * torch.log1p(distance.clamp(min=0).float() / self.tau) + 1).sqrt()
 
     def __call__(self, distance: Tensor) -> Tensor:
         bias = -2 * torch.log1p(distance.clamp(min=0).float() / self.tau)
-        return bias if self.trained_length is None else bias + SoftTail(self.power, self.trained_length)(distance)
+        return bias if self.start is None else bias + SoftTail(self.power, self.start)(distance)
 
 
 @dataclass(frozen=True)
