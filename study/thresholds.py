@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -88,35 +89,24 @@ def recompute(losses: Losses) -> tuple[bool, str]:
     return difference[0] <= 0.01, f"at most {nats(difference, 4)}, at {multiple:g} L"
 
 
-def stays(recipe: str) -> Judge:
-    def judge(losses: Losses) -> tuple[bool, str]:
-        rise, worst = rises(losses, (recipe, "dense"), 64), []
-        for reach in (16, 64):
-            multiple, most = max(((m, r) for m, r in rise.items() if m <= reach), key=lambda item: item[1][2])
-            worst.append((most[2], f"at most {nats(most, 4)}, at {multiple:g} L"))
-        (near, told), (far, told_far) = worst
-        return near <= 0.01 and far <= 0.02, told if told == told_far else f"{told}; {told_far}"
-
-    return judge
+def stays(ours: Line, losses: Losses) -> tuple[bool, str]:
+    rise, ends = rises(losses, ours, 64), {}
+    for reach in (16, 64):
+        multiple, most = max(((m, r) for m, r in rise.items() if m <= reach), key=lambda item: item[1][2])
+        ends[f"at most {nats(most, 4)}, at {multiple:g} L"] = most[2]
+    return min(ends.values()) <= 0.01 and max(ends.values()) <= 0.02, "; ".join(ends)
 
 
-def lower_at_length(recipe: str) -> Judge:
-    def judge(losses: Losses) -> tuple[bool, str]:
-        found = {other[0]: estimate(losses[recipe, "dense"][1] - losses[other][1]) for other in (ROPE, XPOS)}
-        told = ", ".join(f"{nats(figures, 4)} of {name}" for name, figures in found.items())
-        return all(figures[2] < 0 for figures in found.values()), told
-
-    return judge
+def lower_at_length(ours: Line, losses: Losses) -> tuple[bool, str]:
+    found = {other[0]: estimate(losses[ours][1] - losses[other][1]) for other in (ROPE, XPOS)}
+    told = ", ".join(f"{nats(figures, 4)} of {name}" for name, figures in found.items())
+    return all(figures[2] < 0 for figures in found.values()), told
 
 
-def helps(recipe: str) -> Judge:
-    def judge(losses: Losses) -> tuple[bool, str]:
-        of = losses[recipe, "dense"]
-        found = {multiple: estimate(of[multiple] - of[1]) for multiple in (2, 8)}
-        told = ", ".join(f"{nats(figures, 4)} at {multiple} L" for multiple, figures in found.items())
-        return all(figures[2] < 0 for figures in found.values()), told
-
-    return judge
+def helps(ours: Line, losses: Losses) -> tuple[bool, str]:
+    found = {multiple: estimate(losses[ours][multiple] - losses[ours][1]) for multiple in (2, 8)}
+    told = ", ".join(f"{nats(figures, 4)} at {multiple} L" for multiple, figures in found.items())
+    return all(figures[2] < 0 for figures in found.values()), told
 
 
 def decay(losses: Losses) -> tuple[None, str]:
@@ -146,23 +136,23 @@ THRESHOLDS = [
 ]
 
 OURS, P_ROPE = (PARTIAL, "dense"), ("p-RoPE, ScaleInvariant", "dense")
-FLAT_LONG = "loss, {} is within +0.01 nats of L up to 16 L, +0.02 to 64 L (upper end)"
-LONG_THRESHOLDS = [
-    each
-    for recipe in (PARTIAL, TAILED)
-    for ours in [(recipe, "dense")]
-    for each in (
-        Threshold(FLAT_LONG.format(recipe), (ours,), 2, 64, stays(recipe)),
-        Threshold(
-            f"loss at L, {recipe} is below RoPE and xPos (whole interval)",
-            (ours, ROPE, XPOS),
-            1,
-            1,
-            lower_at_length(recipe),
-        ),
-        Threshold(f"gain, {recipe} is at 2 L and at 8 L below L (whole interval)", (ours,), 8, 8, helps(recipe)),
-    )
-] + [Threshold(f"decay, {PARTIAL} less p-RoPE, ScaleInvariant", (OURS, P_ROPE), 64, 64, decay)]
+
+
+def of_long(recipe: str) -> list[Threshold]:
+    """The thresholds of a recipe for a context that is kept."""
+    ours = (recipe, "dense")
+    flat = f"loss, {recipe} is within +0.01 nats of L up to 16 L, +0.02 to 64 L (upper end)"
+    lower = f"loss at L, {recipe} is below RoPE and xPos (whole interval)"
+    gain = f"gain, {recipe} is at 2 L and at 8 L below L (whole interval)"
+    return [
+        Threshold(flat, (ours,), 2, 64, partial(stays, ours)),
+        Threshold(lower, (ours, ROPE, XPOS), 1, 1, partial(lower_at_length, ours)),
+        Threshold(gain, (ours,), 8, 8, partial(helps, ours)),
+    ]
+
+
+DECAY = Threshold(f"decay, {PARTIAL} less p-RoPE, ScaleInvariant", (OURS, P_ROPE), 64, 64, decay)
+LONG_THRESHOLDS = [*of_long(PARTIAL), *of_long(TAILED), DECAY]
 RECALLED = {8: 99, 32: 95, 64: 95}  # per cent at least, of the worst seed, by distance in trained lengths
 
 
