@@ -30,7 +30,7 @@ from train.runs import Run, find_runs
 
 LOG_N = (0.05, 0.1, 0.2, 0.4)
 TAILS = (1.0, 2.0, 4.0, 8.0)
-SHARPENED = "partial xPos, ScalableSoftmax"  # which a tail does not make flat: near logits are sharpened, too
+SHARPENED = "partial xPos, ScalableSoftmax"  # measured with a soft tail on the trained model, too
 
 
 class Training(NamedTuple):

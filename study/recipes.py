@@ -32,8 +32,8 @@ def recipes(length: int, num_heads: int) -> dict[str, Options]:
     known = {
         encoding + by: {"positions": positions[encoding], **logits[by]} for encoding, by in product(positions, logits)
     }
-    tail = {"name": "ScaleInvariant", "tau": 30, "power": 1, "start": length // 4}
-    return known | {TAILED: {"positions": positions["partial xPos"], "distance_bias": tail}}
+    tailed = {"name": "ScaleInvariant", "tau": 30, "power": 1, "start": length // 4}
+    return known | {TAILED: {"positions": positions["partial xPos"], "distance_bias": tailed}}
 
 
 def hybrids(length: int, num_heads: int, num_layers: int) -> dict[str, Options]:
@@ -57,18 +57,17 @@ def hybrids(length: int, num_heads: int, num_layers: int) -> dict[str, Options]:
 def ablations(length: int) -> dict[str, Options]:
     """The recipe of configs/long.yaml with one thing changed."""
 
-    def changed(positions: Options | None = None, tau: float = 10, **options: Any) -> Options:
-        bias = {"name": "ScaleInvariant", "tau": tau}
+    def changed(positions: Options | None = None, bias: Options | None = None, **options: Any) -> Options:
+        bias = {"name": "ScaleInvariant", "tau": 10} | (bias or {})
         return {"positions": positions or module("XPOS", max_wavelength=length), "distance_bias": bias, **options}
 
     cuts = {"L/4": length // 4, "L/2": length // 2, "2 L": 2 * length, "4 L": 4 * length}
     found = {
         f"pairs slower than {name} left out": changed(module("XPOS", max_wavelength=n)) for name, n in cuts.items()
     }
-    found |= {f"tau {tau}": changed(tau=tau) for tau in (3, 30)}
-    for name, start in (("L", length), ("L/4", length // 4)):
-        tail = {"name": "ScaleInvariant", "tau": 10, "power": 1, "start": start}
-        found[f"a tail from {name}"] = {**changed(), "distance_bias": tail}
+    found |= {f"tau {tau}": changed(bias={"tau": tau}) for tau in (3, 30)}
+    starts = {"L": length, "L/4": length // 4}
+    found |= {f"a tail from {name}": changed(bias={"power": 1, "start": n}) for name, n in starts.items()}
     found |= {f"scale_base {name}": changed(scale_base=n) for name, n in (("L/4", length / 4), ("2 L", 2 * length))}
     for part in ("gain", "bias"):
         alone = module("study.encodings.PartOfScaleInvariant", max_wavelength=length, part=part)

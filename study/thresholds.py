@@ -1,4 +1,7 @@
-"""The thresholds of the extrapolation measure, fixed before any run: what is claimed, and whether it held."""
+"""The thresholds of the extrapolation measure, fixed before any run: what is claimed, and whether it held.
+
+`TAILED` alone is younger than they are, and was chosen by two of its five seeds.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -90,11 +93,10 @@ def recompute(losses: Losses) -> tuple[bool, str]:
 
 
 def stays(ours: Line, losses: Losses) -> tuple[bool, str]:
-    rise, ends = rises(losses, ours, 64), {}
-    for reach in (16, 64):
-        multiple, most = max(((m, r) for m, r in rise.items() if m <= reach), key=lambda item: item[1][2])
-        ends[f"at most {nats(most, 4)}, at {multiple:g} L"] = most[2]
-    return min(ends.values()) <= 0.01 and max(ends.values()) <= 0.02, "; ".join(ends)
+    rise = rises(losses, ours, 64)
+    near, far = (max((m for m in rise if m <= reach), key=lambda m: rise[m][2]) for reach in (16, 64))
+    told = dict.fromkeys(f"at most {nats(rise[m], 4)}, at {m:g} L" for m in (near, far))
+    return rise[near][2] <= 0.01 and rise[far][2] <= 0.02, "; ".join(told)
 
 
 def lower_at_length(ours: Line, losses: Losses) -> tuple[bool, str]:

@@ -66,9 +66,10 @@ class ScaleInvariant:
 
     At distance t a score S becomes a_t S + 1 - a_t^2, where a_t^2 = 2 ln(t / tau + 1) + 1: if scores are normally
     distributed, the keys between t and 2 t together weigh the same for every t above tau. With a power above 0, logits
-    at distances t above start get -power * ln(t / start) added: each octave then weighs 2^-power of the one before, and
-    all of them together stay finite. A quarter of the trained length is a good start: the model is trained with it.
-    ValueError if tau is not positive and finite, power is negative or infinite, or there is a power without a start.
+    at distances t above start get -power * ln(t / start) added: each octave beyond it then weighs 2^-power of the one
+    before, and all of them together stay finite. With a start below the trained length, such as a quarter of it, the
+    model is trained with that; training sees nothing of one at that length. ValueError if tau is not positive and
+    finite, power is negative or infinite, start is not positive, or there is a power without a start.
     """
 
     tau: float = 10.0

@@ -158,7 +158,7 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: what transformers called the cache before.
             others: of the loss, such as num_items_in_batch. position_ids change nothing.
 
-        ValueError if one of these has another shape, or input_ids are not below vocab_size.
+        ValueError if one of these has another shape, two are given that are one, or input_ids are not below vocab_size.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids or inputs_embeds must be given, not both")

@@ -120,16 +120,18 @@ def read_folder(folder: Path, make: Callable[[TransformerConfig], Any], device: 
     with errors_naming(folder / CONFIG), torch.device("meta"):
         config = read_config(folder / CONFIG)
         model = make(config)
-    files = [folder / WEIGHTS]
-    index = folder / f"{WEIGHTS}.index.json"  # of a large model, which transformers cuts in pieces
-    if index.exists() and not files[0].exists():
+    source = folder / WEIGHTS
+    files, index = [source], folder / f"{WEIGHTS}.index.json"  # of a large model, which transformers cuts in pieces
+    if index.exists() and not source.exists():
+        source = index
         with errors_naming(index):
-            files = [folder / name for name in sorted({*json.loads(index.read_bytes())["weight_map"].values()})]
+            names = {Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()}
+            files = [folder / name for name in sorted(names)]
     weights: dict[str, Tensor] = {}
     for file in files:
         with errors_naming(file):
             weights |= torch_files.load_file(file, device=str(device))
-    with errors_naming(files[0]):
+    with errors_naming(source):
         if config.tie_embeddings:
             weights["head.weight"] = weights["embedding.weight"]
         model.load_state_dict(weights, assign=True)
