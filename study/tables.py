@@ -189,7 +189,7 @@ def plot_long(loss: Results, recall: Results) -> sns.FacetGrid:
 def plot_attention(use: Results) -> sns.FacetGrid:
     """Where each head attends from the end of the longest window, of one seed: a line a head, a panel a layer."""
     shown = (PARTIAL, "p-RoPE, ScaleInvariant", "xPos")
-    frame = use.tables["attention"].query(f"seed == seed.min() and encoding in {shown}")
+    frame = of_seeds_that_all_have(use.tables["attention"].query(f"encoding in {shown}")).query("seed == seed.min()")
     frame = frame.assign(distance=frame["distance"].clip(lower=0.5) / use.length, share=100 * frame["share"])
     options: dict[str, Any] = {
         "col": "layer",
