@@ -96,9 +96,11 @@ def encoding_of(positions: Any, query_scaling: Any = None, distance_bias: Any = 
         name, options = str(layer["class_path"]).rpartition(".")[2], layer.get("init_args") or {}
         return ENCODINGS.get(name, (name,))[-1 if options.get("max_wavelength") else 0]
 
+    def logits(layer: dict[str, Any]) -> str:
+        return layer["name"] + (", tail" if layer.get("start") and layer.get("power") else "")
+
     each = [value if isinstance(value, list) else [value] for value in (positions, query_scaling, distance_bias)]
-    names = [[position_module(layer) for layer in each[0]]]
-    names += [[v["name"] + ", tail" * bool(v.get("start")) for v in own if v] for own in each[1:]]
+    names = [[position_module(layer) for layer in each[0]], *([logits(v) for v in own if v] for own in each[1:])]
     return ", ".join(" and ".join(dict.fromkeys(own)) for own in names if own)
 
 
