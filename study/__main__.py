@@ -31,6 +31,7 @@ from train.runs import Run, find_runs
 LOG_N = (0.05, 0.1, 0.2, 0.4)
 TAILS = (1.0, 2.0, 4.0, 8.0)
 SHARPENED = "partial xPos, ScalableSoftmax"  # measured with a soft tail on the trained model, too
+TWO_LOOKS = {"data.looks": 2, "trainer.max_steps": 5000}  # learned late, and all of a sudden
 
 
 class Training(NamedTuple):
@@ -105,6 +106,8 @@ class Study(NamedTuple):
         far = partial(measure_recall, longest=128, distractors=DISTRACTORS)
         sharpened = self.trainings(some(on_text, SHARPENED), first)
         asked_sharpened = self.trainings(some(on_task, SHARPENED), first, "recall")
+        twice = {name: options | TWO_LOOKS for name, options in some(on_task, *HEADLINE[:3]).items()}
+        asked_twice = self._replace(runs=self.runs / "two_looks").trainings(twice, seeds, "recall")
         return [
             Measurement("loss", both, modes, measure_loss),
             Measurement("encodings", others, [dense, bca], measure_loss),
@@ -115,6 +118,7 @@ class Study(NamedTuple):
             Measurement("recall", recalls, standard_modes(task_length), measure_recall),
             Measurement("recipes_loss", headline, [dense], measure_loss),
             Measurement("recipes_recall", asked, [dense], far),
+            Measurement("two_looks", asked_twice, [dense], partial(far, longest=32)),
             Measurement("recipes_use", headline, [dense], measure_context_use),
             Measurement("recipes_loss", more, [dense], measure_loss),
             Measurement("recipes_recall", self.trainings(asked_more, first, "recall"), [dense], far),

@@ -13,7 +13,7 @@ import seaborn as sns
 from study.context_use import FAR, far_table
 from study.recall import CHANCE, wilson
 from study.recipes import HEADLINE, PARTIAL, ablations
-from study.thresholds import LONG_THRESHOLDS, recall_verdicts, verdicts
+from study.thresholds import LONG_THRESHOLDS, recall_verdicts, two_looks_verdicts, verdicts
 from train.errors import command
 from train.extrapolate import loss_table, perplexity_table, rise_table
 from train.files import replacing
@@ -46,7 +46,7 @@ def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable
     def some(results: Results) -> str:
         frame = results.tables[name]
         shown = frame[frame["encoding"].map(kind_of) == kind]
-        if kind == "headline":
+        if kind == "headline" and make is not recall_by_seed:  # a mean wants the same seeds
             shown = of_seeds_that_all_have(shown)
         shown = shown[shown["context" if "context" in shown else "distance"] >= results.length]
         if shown.empty:
@@ -128,6 +128,8 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "recipes-recall-other": ("recipes_recall", recipes_of("other", "right", recall_table)),
     "hybrids-recall": ("recipes_recall", recipes_of("hybrid", "right", recall_table)),
     "ablations-recall": ("recipes_recall", recipes_of("ablation", "right", recall_table)),
+    "two-looks-thresholds": ("two_looks", lambda results: listed(two_looks_verdicts(results))),
+    "two-looks": ("two_looks", recipes_of("headline", "right", recall_by_seed)),
     "recipes-far": ("recipes_use", recipes_far),
     "recall-by-seed": ("recall", recall_by_seed),
 }

@@ -15,8 +15,9 @@ from tiny import changed_run, complaint_of
 import study.__main__ as study_main
 import study.demo
 import study.tables
+from study.recipes import PARTIAL
 from study.tables import DOCUMENT, MARKED, PLOTS, RESULTS, TABLES, filled
-from study.thresholds import THRESHOLDS, verdicts
+from study.thresholds import THRESHOLDS, recall_verdicts, two_looks_verdicts, verdicts
 from train.errors import command
 from train.extrapolate import extrapolate
 from train.measure import Results, read_cells, results_of, save_plot, write_cells
@@ -111,6 +112,26 @@ def test_a_threshold_is_not_judged_before_its_context_is_reached(longest, expect
     assert told([early])["flat"].startswith("MISSED: ")
     unsteady["tables"]["loss"]["loss"][-1] += 0.06  # of one window in four: 0.015 in the mean, the upper end is higher
     assert told([unsteady])["flat"].startswith("MISSED: ")
+
+
+def recalled(encoding: str, seed: int, *right: int) -> dict[str, Any]:
+    """Of 100 questions at L, 4 L, 8 L, 32 L and 64 L, among distractors that grow; all right among fixed ones."""
+    at, count = [multiple * L for multiple in (1, 4, 8, 32, 64)], len(right)
+    table = {"distractors": ["growing"] * count + ["fixed"] * count, "distance": 2 * at[:count]}
+    table |= {"right": [*right, *[100] * count], "asked": [100] * 2 * count}
+    return {"encoding": encoding, "mode": "dense", "label": "dense", "seed": seed, "tables": {"right": table}}
+
+
+def test_recall_is_judged_by_the_worst_seed_and_in_two_looks_by_the_worst_that_learned_it():
+    found = recall_verdicts(results([recalled(PARTIAL, 1, 100, 100, 99, 96, 94), recalled(PARTIAL, 2, *[100] * 5)]))
+    assert [verdict.split(": ")[0] for verdict in found] == ["met", "met", "MISSED", *["not measured"] * 3]
+    assert found[2].endswith("at 64 L at least 95 % in the worst of 2 seeds: 94.0 %")
+    cells = [recalled("xPos", 1, 100, 0), recalled(PARTIAL, 1, 100, 95), recalled(PARTIAL, 2, 89, 10)]
+    told, verdict = two_looks_verdicts(results(cells))
+    assert told.endswith(f"at least 90 % at L: xPos 1 of 1, {PARTIAL} 1 of 2")
+    assert verdict == f"met: recall, {PARTIAL} at 4 L at least 90 % in the worst of 1 seeds: 95.0 %"
+    assert two_looks_verdicts(results([*cells, recalled(PARTIAL, 3, 90, 89)]))[1].startswith("MISSED: ")
+    assert two_looks_verdicts(results(cells[::2]))[1].startswith("not measured: ")
 
 
 def test_the_document_holds_every_table_and_plot_as_the_results_have_it():
