@@ -19,7 +19,7 @@ from study import recall
 from study.context_use import MODES, measure_context_use
 from study.encodings import rescaled_modes
 from study.recall import DISTRACTORS, measure_recall
-from study.recipes import HEADLINE, Options, ablations, hybrids, recipes
+from study.recipes import HEADLINE, PARTIAL, Options, ablations, hybrids, recipes
 from study.tables import RESULTS, write_document
 from train.__main__ import main as train
 from train.errors import UserError, command
@@ -99,6 +99,10 @@ class Study(NamedTuple):
         asked_more = {name: options for name, options in on_task.items() if name not in HEADLINE}
         asked_more |= hybrids(task_length, *task_sizes) | ablations(task_length)
 
+        longer = recipes(2 * length, sizes[0])[PARTIAL] | {"data.context_length": 2 * length}
+        longer["data.batch_size"] = config(self.size)["data"]["batch_size"] // 2  # as many tokens
+        at_twice = self._replace(runs=self.runs / "longer").trainings({PARTIAL: longer}, first)
+
         dense, _, _, bca, *_ = modes = standard_modes(length)
         soft = [standard_modes(length, log_n=c)[1] for c in LOG_N] + [standard_modes(length, tail=p)[2] for p in TAILS]
         used = [mode for mode in modes if mode.name in MODES]
@@ -118,6 +122,7 @@ class Study(NamedTuple):
             Measurement("recall", recalls, standard_modes(task_length), measure_recall),
             Measurement("recipes_loss", headline, [dense], measure_loss),
             Measurement("recipes_recall", asked, [dense], far),
+            Measurement("longer", at_twice, [dense], partial(measure_loss, length=length)),
             Measurement("two_looks", asked_twice, [dense], partial(far, longest=32)),
             Measurement("recipes_use", headline, [dense], measure_context_use),
             Measurement("recipes_loss", more, [dense], measure_loss),

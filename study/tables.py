@@ -120,6 +120,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "recall-thresholds": ("recipes_recall", lambda results: listed(recall_verdicts(results))),
     "recipes": ("recipes_loss", recipes_of("headline", "loss", loss_table)),
     "recipes-rise": ("recipes_loss", recipes_of("headline", "loss", rise_table)),
+    "longer": ("longer", lambda results: loss_table(where(results, f"context >= {results.length}"))),
     "recipes-other": ("recipes_loss", recipes_of("other", "loss", loss_table)),
     "hybrids": ("recipes_loss", recipes_of("hybrid", "loss", loss_table)),
     "ablations": ("recipes_loss", recipes_of("ablation", "loss", loss_table)),

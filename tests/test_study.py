@@ -181,7 +181,8 @@ def small(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
             state["trained"].append((name, seed))
 
     for name in ("cpu", "recall"):
-        sizes = {"data": {"context_length": L}, "model": {"num_heads": 2, "num_layers": 1}, "trainer": {"max_steps": 4}}
+        sizes: dict[str, dict[str, int]] = {"data": {"context_length": L, "batch_size": 4}, "trainer": {"max_steps": 4}}
+        sizes["model"] = {"num_heads": 2, "num_layers": 1}
         (tmp_path / "configs").mkdir(exist_ok=True)
         (tmp_path / "configs" / f"{name}.yaml").write_text(yaml.dump(sizes))
     monkeypatch.chdir(tmp_path)

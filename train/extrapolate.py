@@ -57,14 +57,15 @@ def choose_windows(documents: Sequence[Document], length: int, count: int) -> tu
     return torch.stack(windows), names
 
 
-def held_out(run: Run, longest: int, windows: int) -> tuple[Tensor, dict[str, Any]]:
-    """Windows for testing that are `longest` trained lengths and one token long, and the settings of a measurement."""
+def held_out(run: Run, longest: int, windows: int, length: int | None = None) -> tuple[Tensor, dict[str, Any]]:
+    """Windows for testing that are `longest` times `length` and one token long, and the settings of a measurement."""
+    length = length or run.context_length
     if windows < 1 or longest < 1 or longest & (longest - 1):
         raise UserError(f"windows must be above 0, and longest a power of two, got {windows} and {longest}")
     text = run.text()
-    chosen, names = choose_windows(text.documents("test"), longest * run.context_length + 1, windows)
+    chosen, names = choose_windows(text.documents("test"), longest * length + 1, windows)
     digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
-    settings = {"context_length": run.context_length, "steps": run.recipe["steps"], "longest": longest}
+    settings = {"context_length": length, "steps": run.recipe["steps"], "longest": longest}
     settings |= {"windows": len(chosen), "text_sha256": digest, "unit": text.unit}
     return chosen, settings | {"tokens_per_byte": text.tokens_per_byte("test"), "documents": names}
 
@@ -119,11 +120,16 @@ def binned(losses: list[float]) -> pd.DataFrame:
     return bins.agg({"position": lambda p: math.sqrt(p.min() * p.max()), "tokens": "sum", "loss": "mean"})
 
 
-def measure_loss(runs: list[Run], modes: list[Mode], path: Path, longest: int = 64, windows: int = 24) -> Results:
-    """Loss of the runs against context length, in modes that may be anyone's, kept in the JSON file at `path`."""
-    text, settings = held_out(runs[0], longest, windows)
-    text, length = text.to(DEVICE), runs[0].context_length
-    return measure(runs, modes, settings, path, lambda run, mode: losses_of(run.model(DEVICE), mode, text, length))
+def measure_loss(
+    runs: list[Run], modes: list[Mode], path: Path, longest: int = 64, windows: int = 24, length: int | None = None
+) -> Results:
+    """Loss of the runs against context length, in modes that may be anyone's, kept in the JSON file at `path`.
+
+    Contexts and targets are multiples of `length`, by default the trained one.
+    """
+    text, settings = held_out(runs[0], longest, windows, length)
+    text, own = text.to(DEVICE), settings["context_length"]
+    return measure(runs, modes, settings, path, lambda run, mode: losses_of(run.model(DEVICE), mode, text, own))
 
 
 def loss_table(results: Results, entry: Callable[[float], str] = "{:.3f}".format, name: str = "loss") -> str:
