@@ -14,9 +14,19 @@ from torch import Tensor
 import train.extrapolate
 from train.data import Document
 from train.errors import UserError, command
-from train.extrapolate import binned, choose_windows, extrapolate, losses_of, pieced_losses, token_losses
+from train.extrapolate import (
+    binned,
+    choose_windows,
+    extrapolate,
+    held_out,
+    losses_of,
+    measure_loss,
+    pieced_losses,
+    token_losses,
+)
 from train.measure import octaves
 from train.modes import Mode, standard_modes
+from train.runs import find_runs
 from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail, Transformer
 from xpos_zoo.plan import first_seen
 
@@ -165,6 +175,16 @@ def test_a_measurement_prints_a_table_and_writes_json_markdown_and_a_plot(runs, 
     assert "held-out documents, seeds [1, 2]; trained at L = 16 for 8 steps" in printed
     assert (tmp_path / "out" / "extrapolation.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert str(tmp_path / "out" / "extrapolation.png") in printed
+
+
+def test_a_model_trained_longer_is_measured_on_the_targets_of_the_shorter_length(runs, tmp_path):
+    found = find_runs([runs / "xpos"])[:1]
+    results = measure_loss(found, standard_modes(L)[:1], tmp_path / "half.json", 4, 3, length=L // 2)
+    assert results.length == L // 2
+    windows, _ = held_out(found[0], 2, 3)  # as long
+    for context, group in results.tables["loss"].query(f"context >= {L // 4}").groupby("context"):
+        expected = token_losses(found[0].model(torch.device("cpu")), windows[:, -context - 1 :])[:, -(L // 4) :]
+        assert group["loss"].tolist() == pytest.approx(expected.mean(1).tolist(), abs=1e-5)
 
 
 def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(runs, tmp_path, capfd):
