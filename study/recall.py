@@ -96,7 +96,7 @@ def recall_window(
     others = alphabet[:-1] if asked else alphabet
     in_turn = sorted(placed[len(first) :])
     keys = np.array([*first, *(others[i % len(others)] for i in range(len(in_turn)))], dtype=int)
-    bindings, questions = np.array([*placed[: len(first)], *in_turn]).reshape(-1, 2).T
+    bindings, questions = np.array([*placed[: len(first)], *in_turn], dtype=int).reshape(-1, 2).T
     values = rng.integers(VALUES, size=len(keys))
     tokens = rng.choice(FILLERS, length)
     if looks == 1:

@@ -49,19 +49,26 @@ def windows(count: int, length: int = 64, couples: int = 8, longest: int = 64, *
     return [recall_window(np.random.default_rng((9, i)), length, couples, longest, **more) for i in range(count)]
 
 
-@pytest.mark.parametrize(("length", "couples", "longest"), [(64, 8, 64), (8, 1, 8), (128, 11, 100)])
-def test_every_key_is_bound_once_and_then_asked_once_and_all_else_is_filler(length, couples, longest):
-    for window in windows(100, length, couples, longest):
+@pytest.mark.parametrize(
+    ("length", "couples", "longest", "looks"),
+    [(64, 8, 64, 1), (8, 1, 8, 1), (128, 11, 100, 1), (64, 8, 64, 2), (8, 2, 8, 2)],
+)
+def test_every_key_is_bound_once_and_then_asked_once_and_all_else_is_filler(length, couples, longest, looks):
+    for window in windows(100, length, couples, longest, looks=looks):
         tokens = window.tokens.tolist()
         keys = [key_of(token) for token in tokens]
-        taken = [*window.bindings, *window.questions]
+        taken = [*window.bindings, *window.questions, *(window.bindings - 1 if looks == 2 else [])]
         for binding, question, answer in zip(window.bindings, window.questions, window.answers, strict=True):
             assert 1 <= question - binding < longest
-            assert tokens[binding] in BINDINGS
+            first = binding + 1 - looks
             assert tokens[question] in QUESTIONS
-            assert [at for at, key in enumerate(keys) if key == keys[binding]] == [binding, question]
-            assert (tokens[binding] - BINDINGS.start) % VALUES == answer - ANSWERS.start
-        assert len(set(taken)) == len(taken) > 0
+            assert [at for at, key in enumerate(keys) if key == keys[question]] == [first, question]
+            if looks == 1:
+                assert (tokens[binding] - BINDINGS.start) % VALUES == answer - ANSWERS.start
+            else:
+                assert (tokens[first], tokens[binding]) == (tokens[question], answer)
+        assert len(set(taken)) == len(taken)
+        assert taken or looks == 2  # where a question as far as the window is long finds no room
         assert all(token in FILLERS for at, token in enumerate(tokens) if at not in taken)
 
 
@@ -107,32 +114,36 @@ def knows(tokens: Tensor) -> Tensor:
         for at, token in enumerate(window):
             if token in BINDINGS:
                 bound[key_of(token)] = ANSWERS.start + (token - BINDINGS.start) % VALUES
+            elif token in ANSWERS and at > 0:  # of two looks
+                bound[key_of(window[at - 1])] = token
             elif token in QUESTIONS:
                 found[row, at] = bound.get(key_of(token), 0)
     return torch.nn.functional.one_hot(found, 256).float()
 
 
+@pytest.mark.parametrize("looks", [1, 2])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_a_question_stands_at_its_distance_and_every_phase_of_a_block_is_asked_equally(distance):
-    asked = ask(distance, 1, SAMPLES, COUPLES, L)
-    assert asked.windows.shape[1] == distance + L // 2 - 1
+def test_a_question_stands_at_its_distance_and_every_phase_of_a_block_is_asked_equally(distance, looks):
+    asked = ask(distance, 1, SAMPLES, COUPLES, L, looks=looks)
+    assert asked.windows.shape[1] == distance + L // 2 - 2 + looks
     assert Counter((asked.at % (L // 2)).tolist()) == dict.fromkeys(range(L // 2), SAMPLES // (L // 2))
     bindings = []
     for window, at in zip(asked.windows.tolist(), asked.at.tolist(), strict=True):
         keys = [key_of(token) for token in window]
-        assert [place for place, key in enumerate(keys) if key == keys[at]] == [at - distance + 1, at]
+        assert [place for place, key in enumerate(keys) if key == keys[at]] == [at - distance + 2 - looks, at]
         assert len(set(keys)) <= KEYS + 1
-        bindings.append(sum(token in BINDINGS for token in window))
+        bindings.append(sum(token in BINDINGS or token in ANSWERS for token in window))
     assert np.mean(bindings) == pytest.approx(max(2, COUPLES / L * asked.windows.shape[1]), abs=0.6)  # as in training
 
 
+@pytest.mark.parametrize("looks", [1, 2])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_a_model_that_knows_scores_all_and_with_the_last_tokens_alone_what_they_hold(distance, monkeypatch):
-    asked = ask(distance, 1, SAMPLES, COUPLES, L)
+def test_a_model_that_knows_scores_all_and_with_the_last_tokens_alone_what_they_hold(distance, looks, monkeypatch):
+    asked = ask(distance, 1, SAMPLES, COUPLES, L, looks=looks)
     for at_once in (1, 8192):
         monkeypatch.setattr(study.recall, "TOKENS_AT_ONCE", at_once)
         assert count_right(knows, asked) == SAMPLES
-        assert count_right(knows, asked.last(L)) == (SAMPLES if distance <= L else 0)
+        assert count_right(knows, asked.last(L)) == (SAMPLES if distance + looks - 1 <= L else 0)
 
 
 @pytest.mark.parametrize(
