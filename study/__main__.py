@@ -70,8 +70,8 @@ class Study(NamedTuple):
             name = re.sub(r"\W+", "_", encoding).strip("_").lower()
             arguments = ["fit", "--config", f"configs/{size}.yaml", "--name", name, "--seed_everything", str(seed)]
             arguments += ["--runs", str(runs), "--trainer.devices=1"]
-            named = {key if "." in key else f"model.{key}": json.dumps(value) for key, value in options.items()}
-            arguments += [f"--{key}={value}" for key, value in named.items()]
+            named = {key if "." in key else f"model.{key}": value for key, value in options.items()}
+            arguments += [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in named.items()]
             arguments += [] if task or self.paths is None else ["--data.paths", json.dumps(self.paths)]
             folder, option = runs / name / f"seed{seed}", "couples" if task else "paths"
             found.append(Training(encoding, seed, folder, partial(fit, arguments), option))
