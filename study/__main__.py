@@ -31,8 +31,7 @@ from train.runs import Run, find_runs
 LOG_N = (0.05, 0.1, 0.2, 0.4)
 TAILS = (1.0, 2.0, 4.0, 8.0)
 SHARPENED = "partial xPos, ScalableSoftmax"  # measured with a soft tail on the trained model, too
-# Learned late and all of a sudden, if the learning rate is still high then.
-TWO_LOOKS = {"data.looks": 2, "trainer.max_steps": 5000, "model.schedule": "wsd"}
+TWO_LOOKS = {"data.looks": 2, "trainer.max_steps": 5000}  # learned late, and all of a sudden
 
 
 class Training(NamedTuple):
