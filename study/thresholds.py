@@ -176,9 +176,10 @@ def recall_verdicts(
     for recipe, (multiple, least) in product(recipes, recalled.items()):
         right = results.tables["right"].query(f"distractors == 'growing' and encoding == '{recipe}'")
         at = right[right["distance"] == multiple * results.length]
+        claim = f"recall, {recipe} at {multiple} L at least {least} % in the worst"
         worst = min(100 * at["right"] / at["asked"], default=math.nan)
-        told = f"recall, {recipe} at {multiple} L at least {least} % in the worst of {len(at)} seeds: {worst:.1f} %"
-        found.append(f"{'not measured' if at.empty else 'met' if worst >= least else 'MISSED'}: {told}")
+        met = f"{'met' if worst >= least else 'MISSED'}: {claim} of {len(at)} seeds: {worst:.1f} %"
+        found.append(f"not measured: {claim} seed" if at.empty else met)
     return found
 
 
