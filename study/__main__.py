@@ -31,6 +31,7 @@ from train.runs import Run, find_runs
 LOG_N = (0.05, 0.1, 0.2, 0.4)
 TAILS = (1.0, 2.0, 4.0, 8.0)
 SHARPENED = "partial xPos, ScalableSoftmax"  # measured with a soft tail on the trained model, too
+COSINE = {"model.schedule": "cosine"}  # of the learning rate, which in configs/recall.yaml stays high
 TWO_LOOKS = {"data.looks": 2, "trainer.max_steps": 5000}  # learned late, and all of a sudden
 
 
@@ -96,8 +97,11 @@ class Study(NamedTuple):
         rest = {name: options for name, options in on_text.items() if name not in HEADLINE}
         more = self.trainings(rest | hybrids(length, *sizes) | ablations(length), first)
         asked = self.trainings(some(on_task, *HEADLINE), seeds, "recall")
-        asked_more = {name: options for name, options in on_task.items() if name not in HEADLINE}
-        asked_more |= hybrids(task_length, *task_sizes) | ablations(task_length)
+        cosine, earlier = self._replace(runs=self.runs / "cosine"), on_task | hybrids(task_length, *task_sizes)
+        earlier = {name: options | COSINE for name, options in (earlier | ablations(task_length)).items()}
+        recalls = cosine.trainings(some(earlier, "xPos", "RoPE"), seeds[:3], "recall")
+        asked_earlier = cosine.trainings(some(earlier, *HEADLINE), seeds, "recall")
+        asked_earlier += cosine.trainings({n: o for n, o in earlier.items() if n not in HEADLINE}, first, "recall")
 
         longer = recipes(2 * length, sizes[0])[PARTIAL] | {"data.context_length": 2 * length}
         longer["data.batch_size"] = config(self.size)["data"]["batch_size"] // 2  # as many tokens
@@ -106,10 +110,9 @@ class Study(NamedTuple):
         dense, _, _, bca, *_ = modes = standard_modes(length)
         soft = [standard_modes(length, log_n=c)[1] for c in LOG_N] + [standard_modes(length, tail=p)[2] for p in TAILS]
         used = [mode for mode in modes if mode.name in MODES]
-        recalls = self.trainings(some(on_task, "xPos", "RoPE"), seeds[:3], "recall")
         far = partial(measure_recall, longest=128, distractors=DISTRACTORS)
         sharpened = self.trainings(some(on_text, SHARPENED), first)
-        asked_sharpened = self.trainings(some(on_task, SHARPENED), first, "recall")
+        asked_sharpened = cosine.trainings(some(earlier, SHARPENED), first, "recall")
         twice = {name: options | TWO_LOOKS for name, options in some(on_task, *HEADLINE[:3]).items()}
         asked_twice = self._replace(runs=self.runs / "two_looks").trainings(twice, seeds, "recall")
         return [
@@ -126,9 +129,9 @@ class Study(NamedTuple):
             Measurement("two_looks", asked_twice, [dense], partial(far, longest=32)),
             Measurement("recipes_use", headline, [dense], measure_context_use),
             Measurement("recipes_loss", more, [dense], measure_loss),
-            Measurement("recipes_recall", self.trainings(asked_more, first, "recall"), [dense], far),
+            Measurement("recall_cosine", asked_earlier, [dense], far),
             Measurement("recipes_loss", sharpened, [standard_modes(length, tail=1)[2]], measure_loss),
-            Measurement("recipes_recall", asked_sharpened, [standard_modes(task_length, tail=1)[2]], far),
+            Measurement("recall_cosine", asked_sharpened, [standard_modes(task_length, tail=1)[2]], far),
         ]
 
 
