@@ -31,7 +31,7 @@ from train.runs import Run, find_runs
 LOG_N = (0.05, 0.1, 0.2, 0.4)
 TAILS = (1.0, 2.0, 4.0, 8.0)
 SHARPENED = "partial xPos, ScalableSoftmax"  # measured with a soft tail on the trained model, too
-COSINE = {"model.schedule": "cosine"}  # of the learning rate, which in configs/recall.yaml stays high
+COSINE = {"schedule": "cosine"}  # of the learning rate, which in configs/recall.yaml stays high
 TWO_LOOKS = {"data.looks": 2, "trainer.max_steps": 5000}  # learned late, and all of a sudden
 
 
@@ -62,15 +62,17 @@ class Study(NamedTuple):
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     paths: list[str] | None = None
 
-    def trainings(self, recipes: dict[str, Options], seeds: tuple[int, ...], task: str = "") -> list[Training]:
-        """Of all recipes, for each seed in turn, on text or on a task of its own."""
+    def trainings(
+        self, recipes: dict[str, Options], seeds: tuple[int, ...], task: str = "", kind: str = "", **more: Any
+    ) -> list[Training]:
+        """Of all recipes, for each seed in turn, on text or on a task of its own; of another kind with more options."""
         size = "recall" if task and self.size == "cpu" else f"{self.size}_{task}" if task else self.size
-        runs, fit, found = self.runs / task, recall.main if task else train, []
+        runs, fit, found = self.runs / kind / task, recall.main if task else train, []
         for seed, (encoding, options) in product(seeds, recipes.items()):
             name = re.sub(r"\W+", "_", encoding).strip("_").lower()
             arguments = ["fit", "--config", f"configs/{size}.yaml", "--name", name, "--seed_everything", str(seed)]
             arguments += ["--runs", str(runs), "--trainer.devices=1"]
-            named = {key if "." in key else f"model.{key}": value for key, value in options.items()}
+            named = {key if "." in key else f"model.{key}": value for key, value in (options | more).items()}
             arguments += [f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in named.items()]
             arguments += [] if task or self.paths is None else ["--data.paths", json.dumps(self.paths)]
             folder, option = runs / name / f"seed{seed}", "couples" if task else "paths"
@@ -81,6 +83,7 @@ class Study(NamedTuple):
         seeds, first = self.seeds, self.seeds[:1]
         task = "recall" if self.size == "cpu" else f"{self.size}_recall"
         (length, *sizes), (task_length, *task_sizes) = map(sizes_of, (self.size, task))
+        batch_size = config(self.size)["data"]["batch_size"]
         on_text, on_task = recipes(length, sizes[0]), recipes(task_length, task_sizes[0])
 
         def some(known: dict[str, Options], *names: str) -> dict[str, Options]:
@@ -97,24 +100,21 @@ class Study(NamedTuple):
         rest = {name: options for name, options in on_text.items() if name not in HEADLINE}
         more = self.trainings(rest | hybrids(length, *sizes) | ablations(length), first)
         asked = self.trainings(some(on_task, *HEADLINE), seeds, "recall")
-        cosine, earlier = self._replace(runs=self.runs / "cosine"), on_task | hybrids(task_length, *task_sizes)
-        earlier = {name: options | COSINE for name, options in (earlier | ablations(task_length)).items()}
-        recalls = cosine.trainings(some(earlier, "xPos", "RoPE"), seeds[:3], "recall")
-        asked_earlier = cosine.trainings(some(earlier, *HEADLINE), seeds, "recall")
-        asked_earlier += cosine.trainings({n: o for n, o in earlier.items() if n not in HEADLINE}, first, "recall")
-
-        longer = recipes(2 * length, sizes[0])[PARTIAL] | {"data.context_length": 2 * length}
-        longer["data.batch_size"] = config(self.size)["data"]["batch_size"] // 2  # as many tokens
-        at_twice = self._replace(runs=self.runs / "longer").trainings({PARTIAL: longer}, first)
+        earlier = on_task | hybrids(task_length, *task_sizes) | ablations(task_length)
+        others_earlier = {name: options for name, options in earlier.items() if name not in HEADLINE}
+        recalls = self.trainings(some(on_task, "xPos", "RoPE"), seeds[:3], "recall", "cosine", **COSINE)
+        asked_earlier = self.trainings(some(on_task, *HEADLINE), seeds, "recall", "cosine", **COSINE)
+        asked_earlier += self.trainings(others_earlier, first, "recall", "cosine", **COSINE)
+        asked_sharpened = self.trainings(some(on_task, SHARPENED), first, "recall", "cosine", **COSINE)
+        asked_twice = self.trainings(some(on_task, *HEADLINE[:3]), seeds, "recall", "two_looks", **TWO_LOOKS)
+        trained_longer = {"data.context_length": 2 * length, "data.batch_size": batch_size // 2}  # as many tokens
+        longer = self.trainings(some(recipes(2 * length, sizes[0]), PARTIAL), first, kind="longer", **trained_longer)
 
         dense, _, _, bca, *_ = modes = standard_modes(length)
         soft = [standard_modes(length, log_n=c)[1] for c in LOG_N] + [standard_modes(length, tail=p)[2] for p in TAILS]
         used = [mode for mode in modes if mode.name in MODES]
         far = partial(measure_recall, longest=128, distractors=DISTRACTORS)
         sharpened = self.trainings(some(on_text, SHARPENED), first)
-        asked_sharpened = cosine.trainings(some(earlier, SHARPENED), first, "recall")
-        twice = {name: options | TWO_LOOKS for name, options in some(on_task, *HEADLINE[:3]).items()}
-        asked_twice = self._replace(runs=self.runs / "two_looks").trainings(twice, seeds, "recall")
         return [
             Measurement("loss", both, modes, measure_loss),
             Measurement("encodings", others, [dense, bca], measure_loss),
@@ -125,7 +125,7 @@ class Study(NamedTuple):
             Measurement("recall", recalls, standard_modes(task_length), measure_recall),
             Measurement("recipes_loss", headline, [dense], measure_loss),
             Measurement("recipes_recall", asked, [dense], far),
-            Measurement("longer", at_twice, [dense], partial(measure_loss, length=length)),
+            Measurement("longer", longer, [dense], partial(measure_loss, length=length)),
             Measurement("two_looks", asked_twice, [dense], partial(far, longest=32)),
             Measurement("recipes_use", headline, [dense], measure_context_use),
             Measurement("recipes_loss", more, [dense], measure_loss),
@@ -169,8 +169,9 @@ def study(
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be different ones, one at least, got {seeds}")
     measurements = Study(size, Path(output), seeds, paths).measurements()
-    if unknown := set(only or ()) - {each.name for each in measurements}:
-        raise UserError(f"only must name measurements, got {', '.join(unknown)}")
+    names = dict.fromkeys(each.name for each in measurements)
+    if unknown := set(only or ()) - set(names):
+        raise UserError(f"only must name measurements, got {', '.join(unknown)}; there are {', '.join(names)}")
     for each in measurements:
         if only is None or each.name in only:
             complete(each, Path(results) / f"{each.name}.json")
