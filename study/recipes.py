@@ -9,8 +9,7 @@ from typing import Any
 Options = dict[str, Any]  # of train.language_model.LanguageModel
 
 PARTIAL = "partial xPos, ScaleInvariant"  # configs/long.yaml
-TAILED = f"{PARTIAL}, tail"
-HEADLINE = ("RoPE", "xPos", PARTIAL, TAILED, "p-RoPE, ScaleInvariant", "xPos, ScaleInvariant")
+HEADLINE = ("RoPE", "xPos", PARTIAL, "p-RoPE, ScaleInvariant", "xPos, ScaleInvariant")
 
 
 def recipes(length: int, num_heads: int) -> dict[str, Options]:
@@ -29,11 +28,9 @@ def recipes(length: int, num_heads: int) -> dict[str, Options]:
         ", ScalableSoftmax": {"query_scaling": {"name": "ScalableSoftmax", "trained_length": length}},
         ", ScaleInvariant": {"distance_bias": {"name": "ScaleInvariant"}},
     }
-    known = {
+    return {
         encoding + by: {"positions": positions[encoding], **logits[by]} for encoding, by in product(positions, logits)
     }
-    tailed = {"name": "ScaleInvariant", "tau": 30, "power": 1, "start": length // 4}
-    return known | {TAILED: {"positions": positions["partial xPos"], "distance_bias": tailed}}
 
 
 def hybrids(length: int, num_heads: int, num_layers: int) -> dict[str, Options]:
@@ -68,6 +65,7 @@ def ablations(length: int) -> dict[str, Options]:
     found |= {f"tau {tau}": changed(bias={"tau": tau}) for tau in (3, 30)}
     starts = {"L": length, "L/4": length // 4}
     found |= {f"a tail from {name}": changed(bias={"power": 1, "start": n}) for name, n in starts.items()}
+    found["tau 30, a tail from L/4"] = changed(bias={"tau": 30, "power": 1, "start": length // 4})
     found |= {f"scale_base {name}": changed(scale_base=n) for name, n in (("L/4", length / 4), ("2 L", 2 * length))}
     for part in ("gain", "bias"):
         alone = module("study.encodings.PartOfScaleInvariant", max_wavelength=length, part=part)

@@ -46,7 +46,7 @@ def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable
     def some(results: Results) -> str:
         frame = results.tables[name]
         shown = frame[frame["encoding"].map(kind_of) == kind]
-        if kind == "headline" and make is not recall_by_seed:  # a mean wants the same seeds
+        if make is not recall_by_seed:  # a mean wants the same seeds
             shown = of_seeds_that_all_have(shown)
         shown = shown[shown["context" if "context" in shown else "distance"] >= results.length]
         if shown.empty:

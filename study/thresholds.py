@@ -1,18 +1,16 @@
 """The thresholds of the extrapolation measure, fixed before any run: what is claimed, and whether it held.
 
-`TAILED` and the learning rate's schedule for recall alone are younger than they are, each chosen by two of five seeds.
+The learning rate's schedule for recall alone is younger than they are, chosen by two of five seeds.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import product
 from typing import NamedTuple
 
 import pandas as pd
 
-from study.recipes import PARTIAL, TAILED
+from study.recipes import PARTIAL
 from train.measure import Results, by_window, estimate, in_lengths
 
 Line = tuple[str, str]  # an encoding in a mode
@@ -93,21 +91,21 @@ def recompute(losses: Losses) -> tuple[bool, str]:
     return difference[0] <= 0.01, f"at most {nats(difference, 4)}, at {multiple:g} L"
 
 
-def stays(ours: Line, losses: Losses) -> tuple[bool, str]:
-    rise = rises(losses, ours, 64)
+def stays(losses: Losses) -> tuple[bool, str]:
+    rise = rises(losses, OURS, 64)
     near, far = (max((m for m in rise if m <= reach), key=lambda m: rise[m][2]) for reach in (16, 64))
     told = dict.fromkeys(f"at most {nats(rise[m], 4)}, at {m:g} L" for m in (near, far))
     return rise[near][2] <= 0.01 and rise[far][2] <= 0.02, "; ".join(told)
 
 
-def lower_at_length(ours: Line, losses: Losses) -> tuple[bool, str]:
-    found = {other[0]: estimate(losses[ours][1] - losses[other][1]) for other in (ROPE, XPOS)}
+def lower_at_length(losses: Losses) -> tuple[bool, str]:
+    found = {other[0]: estimate(losses[OURS][1] - losses[other][1]) for other in (ROPE, XPOS)}
     told = ", ".join(f"{nats(figures, 4)} of {name}" for name, figures in found.items())
     return all(figures[2] < 0 for figures in found.values()), told
 
 
-def helps(ours: Line, losses: Losses) -> tuple[bool, str]:
-    found = {multiple: estimate(losses[ours][multiple] - losses[ours][1]) for multiple in (2, 8)}
+def helps(losses: Losses) -> tuple[bool, str]:
+    found = {multiple: estimate(losses[OURS][multiple] - losses[OURS][1]) for multiple in (2, 8)}
     told = ", ".join(f"{nats(figures, 4)} at {multiple} L" for multiple, figures in found.items())
     return all(figures[2] < 0 for figures in found.values()), told
 
@@ -139,23 +137,15 @@ THRESHOLDS = [
 ]
 
 OURS, P_ROPE = (PARTIAL, "dense"), ("p-RoPE, ScaleInvariant", "dense")
-
-
-def of_long(recipe: str) -> list[Threshold]:
-    """The thresholds of a recipe for a context that is kept."""
-    ours = (recipe, "dense")
-    flat = f"loss, {recipe} is within +0.01 nats of L up to 16 L, +0.02 to 64 L (upper end)"
-    lower = f"loss at L, {recipe} is below RoPE and xPos (whole interval)"
-    gain = f"gain, {recipe} is at 2 L and at 8 L below L (whole interval)"
-    return [
-        Threshold(flat, (ours,), 2, 64, partial(stays, ours)),
-        Threshold(lower, (ours, ROPE, XPOS), 1, 1, partial(lower_at_length, ours)),
-        Threshold(gain, (ours,), 8, 8, partial(helps, ours)),
-    ]
-
-
-DECAY = Threshold(f"decay, {PARTIAL} less p-RoPE, ScaleInvariant", (OURS, P_ROPE), 64, 64, decay)
-LONG_THRESHOLDS = [*of_long(PARTIAL), *of_long(TAILED), DECAY]
+STAYS = f"loss, {PARTIAL} is within +0.01 nats of L up to 16 L, +0.02 to 64 L (upper end)"
+LOWER = f"loss at L, {PARTIAL} is below RoPE and xPos (whole interval)"
+HELPS = f"gain, {PARTIAL} is at 2 L and at 8 L below L (whole interval)"
+LONG_THRESHOLDS = [
+    Threshold(STAYS, (OURS,), 2, 64, stays),
+    Threshold(LOWER, (OURS, ROPE, XPOS), 1, 1, lower_at_length),
+    Threshold(HELPS, (OURS,), 8, 8, helps),
+    Threshold(f"decay, {PARTIAL} less p-RoPE, ScaleInvariant", (OURS, P_ROPE), 64, 64, decay),
+]
 RECALLED = {8: 99, 32: 95, 64: 95}  # per cent at least, of the worst seed, by distance in trained lengths
 RECALLED_IN_TWO_LOOKS = {4: 90}  # of the seeds that learned to at L
 
@@ -168,15 +158,13 @@ def verdicts(results: Results, thresholds: Sequence[Threshold] = tuple(THRESHOLD
     return [threshold.verdict(losses) for threshold in thresholds]
 
 
-def recall_verdicts(
-    results: Results, recipes: Sequence[str] = (PARTIAL, TAILED), recalled: dict[int, int] = RECALLED
-) -> list[str]:
-    """For each distance that has a threshold, the worst seed of the recommended recipe, and of it with a tail."""
+def recall_verdicts(results: Results, recalled: dict[int, int] = RECALLED) -> list[str]:
+    """For each distance that has a threshold, the worst seed of the recommended recipe."""
     found = []
-    for recipe, (multiple, least) in product(recipes, recalled.items()):
-        right = results.tables["right"].query(f"distractors == 'growing' and encoding == '{recipe}'")
+    for multiple, least in recalled.items():
+        right = results.tables["right"].query(f"distractors == 'growing' and encoding == '{PARTIAL}'")
         at = right[right["distance"] == multiple * results.length]
-        claim = f"recall, {recipe} at {multiple} L at least {least} % in the worst"
+        claim = f"recall, {PARTIAL} at {multiple} L at least {least} % in the worst"
         worst = min(100 * at["right"] / at["asked"], default=math.nan)
         met = f"{'met' if worst >= least else 'MISSED'}: {claim} of {len(at)} seeds: {worst:.1f} %"
         found.append(f"not measured: {claim} seed" if at.empty else met)
@@ -196,4 +184,4 @@ def two_looks_verdicts(results: Results) -> list[str]:
     seeds = learned.query(f"encoding == '{PARTIAL}'")["seed"]
     of_those = replace(results, tables={"right": right[right["seed"].isin(seeds)]})
     told = f"reported: seeds that recall at least {least} % at L: {', '.join(counts)}"
-    return [told, *recall_verdicts(of_those, (PARTIAL,), RECALLED_IN_TWO_LOOKS)]
+    return [told, *recall_verdicts(of_those, RECALLED_IN_TWO_LOOKS)]
