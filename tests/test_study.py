@@ -17,7 +17,7 @@ import study.demo
 import study.tables
 from study.recipes import PARTIAL
 from study.tables import DOCUMENT, MARKED, PLOTS, RESULTS, TABLES, filled
-from study.thresholds import THRESHOLDS, recall_verdicts, two_looks_verdicts, verdicts
+from study.thresholds import LONG_THRESHOLDS, P_ROPE, THRESHOLDS, recall_verdicts, two_looks_verdicts, verdicts
 from train.errors import command
 from train.extrapolate import extrapolate
 from train.measure import Results, read_cells, results_of, save_plot, write_cells
@@ -86,6 +86,25 @@ def test_a_threshold_is_met_on_its_one_side_and_missed_on_the_other(claim, cells
     verdict = told([cell(*each) for each in cells])[claim]
     assert verdict.startswith("met: " if met else "MISSED: ")
     assert figure in verdict
+
+
+@pytest.mark.parametrize(
+    ("ours", "met"),
+    [
+        ((-0.2, at(x2=-0.01, x8=-0.01)), "++++"),
+        ((-0.2, at(x16=0.009, x64=0.019)), "++-+"),  # text beyond L must help, not merely do no harm
+        ((-0.2, at(x2=-0.01, x8=-0.01, x16=0.011)), "-+++"),
+        ((-0.2, at(x2=-0.01, x8=-0.01, x64=0.021)), "-+++"),
+        ((-0.2, at(x2=-0.01, x8=0.001)), "++-+"),
+        ((-0.05, at(x2=-0.01, x8=-0.01)), "+-++"),  # below RoPE, not below xPos
+    ],
+)
+def test_a_kept_context_is_judged_by_rise_level_and_gain(ours, met):
+    level, rise = ours
+    others = [cell("RoPE", "dense", flat), cell("xPos", "dense", lambda _: -0.1), cell(P_ROPE[0], "dense", at(x64=1))]
+    found = verdicts(results([*others, cell(PARTIAL, "dense", lambda x: level + rise(x))]), LONG_THRESHOLDS)
+    assert ["-" if verdict.startswith("MISSED") else "+" for verdict in found] == list(met)
+    assert found[3].endswith(f"{level + rise(64) - 1:+.4f}, {level + rise(64) - 1:+.4f}] nats at 64 L")
 
 
 def test_the_fair_comparison_is_reported_whichever_way_it_falls():
