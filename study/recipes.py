@@ -9,7 +9,9 @@ from typing import Any
 Options = dict[str, Any]  # of train.language_model.LanguageModel
 
 PARTIAL = "partial xPos, ScaleInvariant"  # configs/long.yaml
-HEADLINE = ("RoPE", "xPos", PARTIAL, "p-RoPE, ScaleInvariant", "xPos, ScaleInvariant")
+P_ROPE = "p-RoPE, ScaleInvariant"
+DISCOUNT = 2.0  # set on trained models of these two
+HEADLINE = ("RoPE", "xPos", PARTIAL, P_ROPE, "xPos, ScaleInvariant")
 
 
 def recipes(length: int, num_heads: int) -> dict[str, Options]:
@@ -63,9 +65,6 @@ def ablations(length: int) -> dict[str, Options]:
         f"pairs slower than {name} left out": changed(module("XPOS", max_wavelength=n)) for name, n in cuts.items()
     }
     found |= {f"tau {tau}": changed(bias={"tau": tau}) for tau in (3, 30)}
-    starts = {"L": length, "L/4": length // 4}
-    found |= {f"a tail from {name}": changed(bias={"power": 1, "start": n}) for name, n in starts.items()}
-    found["tau 30, a tail from L/4"] = changed(bias={"tau": 30, "power": 1, "start": length // 4})
     found |= {f"scale_base {name}": changed(scale_base=n) for name, n in (("L/4", length / 4), ("2 L", 2 * length))}
     for part in ("gain", "bias"):
         alone = module("study.encodings.PartOfScaleInvariant", max_wavelength=length, part=part)

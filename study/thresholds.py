@@ -6,11 +6,13 @@ The learning rate's schedule for recall alone is younger than they are, chosen b
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import pandas as pd
 
-from study.recipes import PARTIAL
+from study.recipes import DISCOUNT, P_ROPE, PARTIAL
 from train.measure import Results, by_window, estimate, in_lengths
 
 Line = tuple[str, str]  # an encoding in a mode
@@ -91,27 +93,29 @@ def recompute(losses: Losses) -> tuple[bool, str]:
     return difference[0] <= 0.01, f"at most {nats(difference, 4)}, at {multiple:g} L"
 
 
-def stays(losses: Losses) -> tuple[bool, str]:
-    rise = rises(losses, OURS, 64)
+def stays(mode: str, losses: Losses) -> tuple[bool, str]:
+    rise = rises(losses, (PARTIAL, mode), 64)
     near, far = (max((m for m in rise if m <= reach), key=lambda m: rise[m][2]) for reach in (16, 64))
     told = dict.fromkeys(f"at most {nats(rise[m], 4)}, at {m:g} L" for m in (near, far))
     return rise[near][2] <= 0.01 and rise[far][2] <= 0.02, "; ".join(told)
 
 
 def lower_at_length(losses: Losses) -> tuple[bool, str]:
-    found = {other[0]: estimate(losses[OURS][1] - losses[other][1]) for other in (ROPE, XPOS)}
+    found = {other[0]: estimate(losses[PARTIAL, "dense"][1] - losses[other][1]) for other in (ROPE, XPOS)}
     told = ", ".join(f"{nats(figures, 4)} of {name}" for name, figures in found.items())
     return all(figures[2] < 0 for figures in found.values()), told
 
 
-def helps(losses: Losses) -> tuple[bool, str]:
-    found = {multiple: estimate(losses[OURS][multiple] - losses[OURS][1]) for multiple in (2, 8)}
+def helps(mode: str, losses: Losses) -> tuple[bool, str]:
+    ours = losses[PARTIAL, mode]
+    found = {multiple: estimate(ours[multiple] - ours[1]) for multiple in (2, 8)}
     told = ", ".join(f"{nats(figures, 4)} at {multiple} L" for multiple, figures in found.items())
     return all(figures[2] < 0 for figures in found.values()), told
 
 
-def decay(losses: Losses) -> tuple[None, str]:
-    found = {multiple: estimate(losses[OURS][multiple] - losses[P_ROPE][multiple]) for multiple in (1, 8, 64)}
+def decay(mode: str, losses: Losses) -> tuple[None, str]:
+    ours, theirs = losses[PARTIAL, mode], losses[P_ROPE, mode]
+    found = {multiple: estimate(ours[multiple] - theirs[multiple]) for multiple in (1, 8, 64)}
     return None, ", ".join(f"{nats(figures, 4)} nats at {m} L".replace("1 L", "L") for m, figures in found.items())
 
 
@@ -136,15 +140,20 @@ THRESHOLDS = [
     Threshold(NO_WORSE, (BCA, RECOMPUTE), 2, 64, recompute),
 ]
 
-OURS, P_ROPE = (PARTIAL, "dense"), ("p-RoPE, ScaleInvariant", "dense")
-STAYS = f"loss, {PARTIAL} is within +0.01 nats of L up to 16 L, +0.02 to 64 L (upper end)"
+OURS = {"dense": PARTIAL, "discount": f"{PARTIAL}, discount {DISCOUNT:g}"}  # by mode: as trained, and what came last
+STAYS = "loss, {} is within +0.01 nats of L up to 16 L, +0.02 to 64 L (upper end)"
 LOWER = f"loss at L, {PARTIAL} is below RoPE and xPos (whole interval)"
-HELPS = f"gain, {PARTIAL} is at 2 L and at 8 L below L (whole interval)"
+HELPS = "gain, {} is at 2 L and at 8 L below L (whole interval)"
 LONG_THRESHOLDS = [
-    Threshold(STAYS, (OURS,), 2, 64, stays),
-    Threshold(LOWER, (OURS, ROPE, XPOS), 1, 1, lower_at_length),
-    Threshold(HELPS, (OURS,), 8, 8, helps),
-    Threshold(f"decay, {PARTIAL} less p-RoPE, ScaleInvariant", (OURS, P_ROPE), 64, 64, decay),
+    *(Threshold(STAYS.format(OURS[mode]), ((PARTIAL, mode),), 2, 64, partial(stays, mode)) for mode in OURS),
+    Threshold(LOWER, ((PARTIAL, "dense"), ROPE, XPOS), 1, 1, lower_at_length),
+    *(Threshold(HELPS.format(OURS[mode]), ((PARTIAL, mode),), 8, 8, partial(helps, mode)) for mode in OURS),
+    *(
+        Threshold(
+            f"decay, {name} less p-RoPE with the same", ((PARTIAL, mode), (P_ROPE, mode)), 64, 64, partial(decay, mode)
+        )
+        for mode, name in OURS.items()
+    ),
 ]
 RECALLED = {8: 99, 32: 95, 64: 95}  # per cent at least, of the worst seed, by distance in trained lengths
 RECALLED_IN_TWO_LOOKS = {4: 90}  # of the seeds that learned to at L
@@ -161,10 +170,10 @@ def verdicts(results: Results, thresholds: Sequence[Threshold] = tuple(THRESHOLD
 def recall_verdicts(results: Results, recalled: dict[int, int] = RECALLED) -> list[str]:
     """For each distance that has a threshold, the worst seed of the recommended recipe."""
     found = []
-    for multiple, least in recalled.items():
-        right = results.tables["right"].query(f"distractors == 'growing' and encoding == '{PARTIAL}'")
-        at = right[right["distance"] == multiple * results.length]
-        claim = f"recall, {PARTIAL} at {multiple} L at least {least} % in the worst"
+    for (mode, name), (multiple, least) in product(OURS.items(), recalled.items()):
+        ours = f"distractors == 'growing' and encoding == '{PARTIAL}' and mode == '{mode}'"
+        at = results.tables["right"].query(f"{ours} and distance == {multiple * results.length}")
+        claim = f"recall, {name} at {multiple} L at least {least} % in the worst"
         worst = min(100 * at["right"] / at["asked"], default=math.nan)
         met = f"{'met' if worst >= least else 'MISSED'}: {claim} of {len(at)} seeds: {worst:.1f} %"
         found.append(f"not measured: {claim} seed" if at.empty else met)
@@ -175,7 +184,7 @@ def two_looks_verdicts(results: Results) -> list[str]:
     """How many seeds of each recipe learn the task, and the worst of those that do, of the recommended one."""
     (least,) = RECALLED_IN_TWO_LOOKS.values()
     right = results.tables["right"]
-    at_length = right.query(f"distractors == 'growing' and distance == {results.length}")
+    at_length = right.query(f"distractors == 'growing' and mode == 'dense' and distance == {results.length}")
     learned = at_length[100 * at_length["right"] >= least * at_length["asked"]]
     counts = (
         f"{encoding} {sum(learned['encoding'] == encoding)} of {len(group)}"

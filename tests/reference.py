@@ -161,17 +161,18 @@ def placed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def gains_and_biases(q: Tensor, k: Tensor, mask: Tensor, encoding: Encoding) -> tuple[Tensor, Tensor]:
     """What logits of q (b, h, n, d) and k (b, g, m, d) are multiplied by, and what is then added to them.
 
-    A soft tail is -power ln(m / l) at distances m beyond l; `ScaleInvariant`, which may have one, is that of arXiv
-    2505.17083.
+    A soft tail is -power ln(m / l) at distances m beyond l; `ScaleInvariant` is that of arXiv 2505.17083, with its
+    discount from l on.
     """
     distance = distances(*placed(q, k)[2:], mask)
     gain, total = torch.ones_like(distance), torch.zeros_like(distance)
     for bias in encoding.biases:
         if isinstance(bias, ScaleInvariant):
             logarithm = torch.log(distance / bias.tau + 1)
-            gain, total = gain * (2 * logarithm + 1).sqrt(), total - 2 * logarithm
-        if isinstance(bias, (ScaleInvariant, SoftTail)):
-            length = (bias.start if isinstance(bias, ScaleInvariant) else bias.trained_length) or math.inf
+            far = distance >= (bias.trained_length or math.inf)
+            gain, total = gain * (2 * logarithm + 1).sqrt(), total - 2 * logarithm - bias.discount * far.double()
+        elif isinstance(bias, SoftTail):
+            length = bias.trained_length
             total = total + torch.where(distance > length, -bias.power * torch.log(distance / length), 0)
         else:
             total = total + bias(distance).double()

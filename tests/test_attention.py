@@ -193,6 +193,20 @@ def test_log_n_scaling_is_exactly_off_for_queries_within_the_trained_length(bloc
     assert (on != off)[:, beyond].any(-1).all()
 
 
+def test_a_discount_changes_no_bit_of_a_training_at_its_length():
+    """So that one on a trained model is one that it was trained with."""
+    found = []
+    for bias in (ScaleInvariant(3.0), ScaleInvariant(3.0, discount=2.0, trained_length=24)):
+        module, x = block(), normal(0, 2, 25, 32)
+        module.distance_bias = bias
+        module(x[:, :24]).square().sum().backward()
+        found.append((module(x), module.q_proj.weight.grad))
+    (plain, plain_grad), (discounted, grad) = found
+    assert torch.equal(grad, plain_grad)
+    assert torch.equal(discounted[:, :24], plain[:, :24])
+    assert not torch.equal(discounted[:, 24], plain[:, 24])
+
+
 def test_a_bias_may_be_a_function_a_module_or_none_in_any_order():
     module, learned = block(), LearnedBias()
     for bias in (SoftTail(1.0, 5), learned, SoftTail(2.0, 5), None, learned, None, lambda distance: -distance):

@@ -53,8 +53,8 @@ CASES = [
     # What changes logits
     (lambda: SoftTail(math.nan, 10), "power must be 0 or above and finite, got nan"),
     (lambda: ScaleInvariant(0.0), "tau must be above 0 and finite, got 0.0"),
-    (lambda: ScaleInvariant(power=1), "start must be above 0, got None"),
-    (lambda: ScaleInvariant(power=-1, start=9), "power must be 0 or above and finite, got -1"),
+    (lambda: ScaleInvariant(discount=1), "trained_length must be above 0, got None"),
+    (lambda: ScaleInvariant(10, -1, 9), "discount must be 0 or above and finite, got -1"),
     (lambda: LogNScaling(math.inf, 10), "coefficient must be 0 or above and finite, got inf"),
     # Attention
     (lambda: block(32, 5), "embed_dim must be divisible by num_heads=5, got 32; or give head_dim"),

@@ -15,9 +15,9 @@ from tiny import changed_run, complaint_of
 import study.__main__ as study_main
 import study.demo
 import study.tables
-from study.recipes import PARTIAL
+from study.recipes import P_ROPE, PARTIAL
 from study.tables import DOCUMENT, MARKED, PLOTS, RESULTS, TABLES, filled
-from study.thresholds import LONG_THRESHOLDS, P_ROPE, THRESHOLDS, recall_verdicts, two_looks_verdicts, verdicts
+from study.thresholds import LONG_THRESHOLDS, THRESHOLDS, recall_verdicts, two_looks_verdicts, verdicts
 from train.errors import command
 from train.extrapolate import extrapolate
 from train.measure import Results, read_cells, results_of, save_plot, write_cells
@@ -91,20 +91,25 @@ def test_a_threshold_is_met_on_its_one_side_and_missed_on_the_other(claim, cells
 @pytest.mark.parametrize(
     ("ours", "met"),
     [
-        ((-0.2, at(x2=-0.01, x8=-0.01)), "++++"),
-        ((-0.2, at(x16=0.009, x64=0.019)), "++-+"),  # text beyond L must help, not merely do no harm
-        ((-0.2, at(x2=-0.01, x8=-0.01, x16=0.011)), "-+++"),
-        ((-0.2, at(x2=-0.01, x8=-0.01, x64=0.021)), "-+++"),
-        ((-0.2, at(x2=-0.01, x8=0.001)), "++-+"),
-        ((-0.05, at(x2=-0.01, x8=-0.01)), "+-++"),  # below RoPE, not below xPos
+        ((-0.2, at(x2=-0.01, x8=-0.01)), "+++"),
+        ((-0.2, at(x16=0.009, x64=0.019)), "++-"),  # text beyond L must help, not merely do no harm
+        ((-0.2, at(x2=-0.01, x8=-0.01, x16=0.011)), "-++"),
+        ((-0.2, at(x2=-0.01, x8=-0.01, x64=0.021)), "-++"),
+        ((-0.2, at(x2=-0.01, x8=0.001)), "++-"),
+        ((-0.05, at(x2=-0.01, x8=-0.01)), "+-+"),  # below RoPE, not below xPos
     ],
 )
-def test_a_kept_context_is_judged_by_rise_level_and_gain(ours, met):
+def test_a_kept_context_is_judged_by_rise_level_and_gain_as_trained_and_with_a_discount(ours, met):
     level, rise = ours
-    others = [cell("RoPE", "dense", flat), cell("xPos", "dense", lambda _: -0.1), cell(P_ROPE[0], "dense", at(x64=1))]
-    found = verdicts(results([*others, cell(PARTIAL, "dense", lambda x: level + rise(x))]), LONG_THRESHOLDS)
-    assert ["-" if verdict.startswith("MISSED") else "+" for verdict in found] == list(met)
-    assert found[3].endswith(f"{level + rise(64) - 1:+.4f}, {level + rise(64) - 1:+.4f}] nats at 64 L")
+    cells = [cell("RoPE", "dense", flat), cell("xPos", "dense", lambda _: -0.1)]
+    cells += [cell(P_ROPE, mode, at(x64=1)) for mode in ("dense", "discount")]
+    cells += [cell(PARTIAL, "dense", lambda x: level + rise(x)), cell(PARTIAL, "discount", lambda _: level)]
+    found = verdicts(results(cells), LONG_THRESHOLDS)
+    judged = ["-" if verdict.startswith("MISSED") else "+" for verdict in found]
+    assert [judged[0], judged[2], judged[3]] == list(met)
+    assert [judged[1], judged[4]] == ["+", "-"]  # flat: no rise, no gain
+    assert found[5].endswith(f"{level + rise(64) - 1:+.4f}, {level + rise(64) - 1:+.4f}] nats at 64 L")
+    assert found[6].endswith(f"{level - 1:+.4f}, {level - 1:+.4f}] nats at 64 L")
 
 
 def test_the_fair_comparison_is_reported_whichever_way_it_falls():
@@ -133,24 +138,26 @@ def test_a_threshold_is_not_judged_before_its_context_is_reached(longest, expect
     assert told([unsteady])["flat"].startswith("MISSED: ")
 
 
-def recalled(encoding: str, seed: int, *right: int) -> dict[str, Any]:
+def recalled(encoding: str, seed: int, *right: int, mode: str = "dense") -> dict[str, Any]:
     """Of 100 questions at L, 4 L, 8 L, 32 L and 64 L, among distractors that grow; all right among fixed ones."""
     at, count = [multiple * L for multiple in (1, 4, 8, 32, 64)], len(right)
     table = {"distractors": ["growing"] * count + ["fixed"] * count, "distance": 2 * at[:count]}
     table |= {"right": [*right, *[100] * count], "asked": [100] * 2 * count}
-    return {"encoding": encoding, "mode": "dense", "label": "dense", "seed": seed, "tables": {"right": table}}
+    return {"encoding": encoding, "mode": mode, "label": mode, "seed": seed, "tables": {"right": table}}
 
 
 def test_recall_is_judged_by_the_worst_seed_and_in_two_looks_by_the_worst_that_learned_it():
     found = recall_verdicts(results([recalled(PARTIAL, 1, 100, 100, 99, 96, 94), recalled(PARTIAL, 2, *[100] * 5)]))
-    assert [verdict.split(": ")[0] for verdict in found] == ["met", "met", "MISSED"]
+    assert [verdict.split(": ")[0] for verdict in found] == ["met", "met", "MISSED", *["not measured"] * 3]
     assert found[2].endswith("at 64 L at least 95 % in the worst of 2 seeds: 94.0 %")
     cells = [recalled("xPos", 1, 100, 0), recalled(PARTIAL, 1, 100, 95), recalled(PARTIAL, 2, 89, 10)]
-    told, verdict = two_looks_verdicts(results(cells))
+    cells += [recalled(PARTIAL, 1, 100, 89, mode="discount"), recalled(PARTIAL, 2, 89, 10, mode="discount")]
+    told, verdict, discounted = two_looks_verdicts(results(cells))
     assert told.endswith(f"at least 90 % at L: xPos 1 of 1, {PARTIAL} 1 of 2")
+    assert discounted == f"MISSED: recall, {PARTIAL}, discount 2 at 4 L at least 90 % in the worst of 1 seeds: 89.0 %"
     assert verdict == f"met: recall, {PARTIAL} at 4 L at least 90 % in the worst of 1 seeds: 95.0 %"
     assert two_looks_verdicts(results([*cells, recalled(PARTIAL, 3, 90, 89)]))[1].startswith("MISSED: ")
-    assert two_looks_verdicts(results(cells[::2]))[1].startswith("not measured: ")
+    assert two_looks_verdicts(results([cells[0], cells[2]]))[1].startswith("not measured: ")
 
 
 def test_the_document_holds_every_table_and_plot_as_the_results_have_it():

@@ -90,14 +90,14 @@ def read_run(path: Path) -> Run:
 
 
 def encoding_of(positions: Any, query_scaling: Any = None, distance_bias: Any = None, **_: Any) -> str:
-    """What tables call a model that has these in its layers, such as "partial xPos, ScaleInvariant, tail"."""
+    """What tables call a model that has these in its layers, such as "partial xPos, ScaleInvariant"."""
 
     def position_module(layer: dict[str, Any]) -> str:
         name, options = str(layer["class_path"]).rpartition(".")[2], layer.get("init_args") or {}
         return ENCODINGS.get(name, (name,))[-1 if options.get("max_wavelength") else 0]
 
     def logits(layer: dict[str, Any]) -> str:
-        return layer["name"] + (", tail" if layer.get("start") and layer.get("power") else "")
+        return layer["name"] + (f", discount {layer['discount']:g}" if layer.get("discount") else "")
 
     each = [value if isinstance(value, list) else [value] for value in (positions, query_scaling, distance_bias)]
     names = [[position_module(layer) for layer in each[0]], *([logits(v) for v in own if v] for own in each[1:])]

@@ -33,11 +33,11 @@ class DistanceBias(Protocol):
     def __call__(self, distance: Tensor) -> Tensor: ...
 
 
-def check(name: str, value: float, length: int | None, length_name: str = "trained_length") -> None:
+def check(name: str, value: float, length: int | None) -> None:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be 0 or above and finite, got {value}")
     if length is None or not length > 0:
-        raise ValueError(f"{length_name} must be above 0, got {length}")
+        raise ValueError(f"trained_length must be above 0, got {length}")
 
 
 @dataclass(frozen=True)
@@ -65,29 +65,29 @@ class ScaleInvariant:
     """Logits whose share of far keys does not grow with their number, in training and after (arXiv 2505.17083).
 
     At distance t a score S becomes a_t S + 1 - a_t^2, where a_t^2 = 2 ln(t / tau + 1) + 1: if scores are normally
-    distributed, the keys between t and 2 t together weigh the same for every t above tau. With a power above 0, logits
-    at distances t above start get -power * ln(t / start) added: each octave beyond it then weighs 2^-power of the one
-    before, and all of them together stay finite. With a start below the trained length, such as a quarter of it, the
-    model is trained with that; training sees nothing of one at that length. ValueError if tau is not positive and
-    finite, power is negative or infinite, start is not positive, or there is a power without a start.
+    distributed, the keys between t and 2 t together weigh the same for every t above tau. With a discount, all that is
+    trained_length or farther away, which training never shows, gets -discount added: a key there weighs e^-discount of
+    what it would, so that many such octaves weigh as a few. It may be set before training or after, which is the same.
+    ValueError if tau is not positive and finite, discount is negative or infinite, trained_length is not positive, or
+    there is a discount without it.
     """
 
     tau: float = 10.0
-    power: float = 0.0
-    start: int | None = None
+    discount: float = 0.0
+    trained_length: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.tau < math.inf:
             raise ValueError(f"tau must be above 0 and finite, got {self.tau}")
-        if self.power or self.start is not None:
-            check("power", self.power, self.start, "start")
+        if self.discount or self.trained_length is not None:
+            check("discount", self.discount, self.trained_length)
 
     def gain(self, distance: Tensor) -> Tensor:
         return (2 * torch.log1p(distance.clamp(min=0).float() / self.tau) + 1).sqrt()
 
     def __call__(self, distance: Tensor) -> Tensor:
         bias = -2 * torch.log1p(distance.clamp(min=0).float() / self.tau)
-        return bias if self.start is None else bias + SoftTail(self.power, self.start)(distance)
+        return bias if self.trained_length is None else bias - self.discount * (distance >= self.trained_length)
 
 
 @dataclass(frozen=True)
