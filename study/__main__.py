@@ -17,7 +17,7 @@ import yaml
 
 from study import recall
 from study.context_use import MODES, measure_context_use
-from study.encodings import Discount, rescaled_modes
+from study.encodings import rescaled_modes
 from study.recall import DISTRACTORS, measure_recall
 from study.recipes import HEADLINE, P_ROPE, PARTIAL, Options, ablations, hybrids, recipes
 from study.tables import RESULTS, write_document
@@ -25,7 +25,7 @@ from train.__main__ import main as train
 from train.errors import UserError, command
 from train.extrapolate import measure_loss
 from train.measure import read_cells
-from train.modes import Mode, standard_modes
+from train.modes import Mode, discounted, standard_modes
 from train.runs import Run, find_runs
 
 LOG_N = (0.05, 0.1, 0.2, 0.4)
@@ -132,9 +132,9 @@ class Study(NamedTuple):
             Measurement("longer", longer, [dense], partial(measure_loss, length=length)),
             Measurement("two_looks", asked_twice, [dense], partial(far, longest=32)),
             Measurement("recipes_use", headline, [dense], measure_context_use),
-            Measurement("recipes_loss", ours, [Discount(length=length)], measure_loss),
-            Measurement("recipes_recall", of_partial(asked), [Discount(length=task_length)], far),
-            Measurement("two_looks", of_partial(asked_twice), [Discount(length=task_length)], partial(far, longest=32)),
+            Measurement("recipes_loss", ours, [discounted(length)], measure_loss),
+            Measurement("recipes_recall", of_partial(asked), [discounted(task_length)], far),
+            Measurement("two_looks", of_partial(asked_twice), [discounted(task_length)], partial(far, longest=32)),
             Measurement("recipes_loss", more, [dense], measure_loss),
             Measurement("recall_cosine", asked_earlier, [dense], far),
             Measurement("recipes_loss", sharpened, [standard_modes(length, tail=1)[2]], measure_loss),

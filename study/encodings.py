@@ -5,16 +5,14 @@ Axes: h heads, n queries, m keys.
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from study.recipes import DISCOUNT
 from train.modes import Mode
-from xpos_zoo import XPOS, PositionModule, RotaryEmbedding, ScaleInvariant, Transformer
+from xpos_zoo import XPOS, PositionModule, RotaryEmbedding, ScaleInvariant
 from xpos_zoo.checks import require_sizes
 
 
@@ -113,17 +111,3 @@ def rescaled_modes(length: int) -> list[Mode]:
         Mode("NTK", "dense, NTK-aware", rescale=ntk_scaled),
         Mode("YaRN", "dense, YaRN", rescale=lambda rotary, scale: YaRN(rotary, scale, length)),
     ]
-
-
-@dataclass(frozen=True)
-class Discount(Mode):
-    """For models that were trained at `length` with `ScaleInvariant`: the same with a discount."""
-
-    name: str = "discount"
-    label: str = f"dense, discount {DISCOUNT:g}"
-    length: int = 0
-
-    def set_on(self, model: Transformer) -> None:
-        for attention in model.attentions:
-            bias: Any = attention.distance_bias
-            attention.distance_bias = replace(bias, discount=DISCOUNT, trained_length=self.length)

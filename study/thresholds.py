@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from study.recipes import DISCOUNT, P_ROPE, PARTIAL
+from study.recipes import P_ROPE, PARTIAL
 from train.measure import Results, by_window, estimate, in_lengths
 
 Line = tuple[str, str]  # an encoding in a mode
@@ -140,7 +140,7 @@ THRESHOLDS = [
     Threshold(NO_WORSE, (BCA, RECOMPUTE), 2, 64, recompute),
 ]
 
-OURS = {"dense": PARTIAL, "discount": f"{PARTIAL}, discount {DISCOUNT:g}"}  # by mode: as trained, and what came last
+OURS = {"dense": PARTIAL, "discount": f"{PARTIAL}, discount 2"}  # by mode: as trained, and what came last
 STAYS = "loss, {} is within +0.01 nats of L up to 16 L, +0.02 to 64 L (upper end)"
 LOWER = f"loss at L, {PARTIAL} is below RoPE and xPos (whole interval)"
 HELPS = "gain, {} is at 2 L and at 8 L below L (whole interval)"

@@ -25,9 +25,9 @@ from train.extrapolate import (
     token_losses,
 )
 from train.measure import octaves
-from train.modes import Mode, standard_modes
+from train.modes import Mode, discounted, standard_modes
 from train.runs import find_runs
-from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail, Transformer
+from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, ScaleInvariant, SoftTail, Transformer
 from xpos_zoo.plan import first_seen
 
 L = 16
@@ -129,6 +129,22 @@ def test_a_mode_leaves_what_a_model_was_trained_with():
             assert getattr(second, name) is getattr(mode, name)
 
 
+def test_a_discount_is_for_models_with_scale_invariant_logits_and_keeps_their_tau():
+    mode, model = discounted(L, 1.5), Transformer(256, 16, 2, 2)
+    taken = {"name": "ScaleInvariant", "tau": 3.0, "discount": 0.0, "trained_length": None}
+    for bias, takes in (
+        (taken, True),
+        (None, False),
+        ([taken, None], False),
+        (taken | {"discount": 2.0}, False),
+        ({"name": "SoftTail"}, False),
+    ):
+        assert mode.takes({"distance_bias": bias}) == takes
+    model.distance_bias = ScaleInvariant(3.0)
+    mode.set_on(model)
+    assert model.distance_bias == ScaleInvariant(3.0, 1.5, L)
+
+
 def documents(*sizes: int) -> list[Document]:
     starts = np.cumsum((0, *sizes))
     return [
@@ -191,8 +207,10 @@ def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(runs, tmp_path,
     for options, message in (
         ("--longest=3", "longest a power of two, got 24 and 3"),
         ("--windows=0", "windows must be above 0, and longest a power of two, got 0 and 64"),
-        ("--log_n=-1", "log_n or tail: coefficient must be 0 or above and finite, got -1"),
-        ("--tail=.inf", "log_n or tail: power must be 0 or above and finite, got inf"),
+        ("--log_n=-1", "log_n, tail or discount: coefficient must be 0 or above and finite, got -1"),
+        ("--tail=.inf", "log_n, tail or discount: power must be 0 or above and finite, got inf"),
+        ("--discount=-1", "log_n, tail or discount: discount must be 0 or above and finite, got -1"),
+        ("--modes=[discount]", "modes: discount would change what the runs were trained with"),
         ("--modes=[loose]", "loose"),
     ):
         args = [str(runs), options, "--output", str(tmp_path / "out")]

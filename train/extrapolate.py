@@ -22,7 +22,7 @@ from train.data import Document
 from train.errors import UserError, command
 from train.files import replacing
 from train.measure import DEVICE, Results, against, by_window, estimate, measure, octaves, panels, save_plot, table
-from train.modes import Mode, standard_modes
+from train.modes import Mode, discounted, standard_modes
 from train.runs import Run, find_runs
 from xpos_zoo import Transformer
 
@@ -175,9 +175,10 @@ def extrapolate(
     output: str = "runs/extrapolation",
     longest: int = 64,
     windows: int = 24,
-    modes: list[Literal["dense", "log-n", "tail", "BCA", "sliding", "recompute"]] | None = None,
+    modes: list[Literal["dense", "log-n", "tail", "BCA", "sliding", "recompute", "discount"]] | None = None,
     log_n: float = 0.2,
     tail: float = 2.0,
+    discount: float = 2.0,
 ) -> Results:
     """Measure loss against context length for the runs, print a table, and write JSON, Markdown and a plot.
 
@@ -186,15 +187,17 @@ def extrapolate(
         output: folder for the results; a measurement that was interrupted goes on in it.
         longest: the longest context, in training lengths; a power of two.
         windows: how many windows of held-out text.
-        modes: which to measure; by default all.
+        modes: which to measure; by default all that change nothing of what the runs were trained with.
         log_n: coefficient c of log-n scaling: a query that sees n > L keys is multiplied by 1 + c ln(n / L).
         tail: power p of the soft tail: logits at distance m > L get -p ln(m / L) added.
+        discount: of runs with scale-invariant logits: logits at distances from L on get -discount added.
     """
     found = find_runs(runs)
     try:
-        known = standard_modes(found[0].context_length, log_n, tail)
+        length = found[0].context_length
+        known = [*standard_modes(length, log_n, tail), discounted(length, discount)]
     except ValueError as error:
-        raise UserError(f"log_n or tail: {error}") from error
+        raise UserError(f"log_n, tail or discount: {error}") from error
     chosen = [mode for mode in known if not modes or mode.name in modes]
     results = measure_loss(found, chosen, Path(output) / "results.json", longest, windows)
     write_report(results, Path(output))

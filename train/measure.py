@@ -81,8 +81,12 @@ def measure(
             raise UserError(f"output: {path} has {name} {there.get(name)}, not {value}; remove it, or give another")
     cells = {(cell["encoding"], cell["label"], cell["seed"]): cell for cell in kept}
     wanted = {
-        (run.encoding, mode.label, run.seed): (run, mode) for mode, run in product(modes, runs) if run.takes(mode)
+        (run.encoding, mode.label, run.seed): (run, mode)
+        for mode, run in product(modes, runs)
+        if mode.takes(run.positions)
     }
+    if not wanted:
+        raise UserError(f"modes: {', '.join(mode.name for mode in modes)} would change what the runs were trained with")
     missing = [key for key, (run, _) in wanted.items() if cells.get(key, {}).get("checkpoint") != run.sha256]
     for key in tqdm(missing, unit="cell", disable=not missing):
         run, mode = wanted[key]

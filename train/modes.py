@@ -1,13 +1,13 @@
 """How a trained model attends when it is measured, without any training."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xpos_zoo import DistanceBias, LogNScaling, PositionModule, QueryScaling, SoftTail, Transformer
+from xpos_zoo import DistanceBias, LogNScaling, PositionModule, QueryScaling, ScaleInvariant, SoftTail, Transformer
 
 SETTINGS = ("block_size", "query_scaling", "distance_bias")  # that a mode may give to layers that have none
 
@@ -34,12 +34,29 @@ class Mode:
     recompute: bool = False  # predict from fresh windows of the trained length, half a length apart
     rescale: Callable[[Any, float], PositionModule] | None = None  # from the trained one, for so many trained lengths
 
+    def takes(self, trained: dict[str, Any]) -> bool:
+        """Whether this changes nothing of the settings that layers were trained with, such as a bias of their own."""
+        return not any(trained.get(name) and getattr(self, name) for name in SETTINGS)
+
     def set_on(self, model: Transformer) -> None:
         """Have a model, in no other mode so far, attend so."""
         for attention in model.attentions:
             for name in SETTINGS:
                 if getattr(attention, name) is None:
                     setattr(attention, name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Discount(Mode):
+    """For models that were trained with `ScaleInvariant` in all layers: the same with this one's discount."""
+
+    def takes(self, trained: dict[str, Any]) -> bool:
+        bias = trained.get("distance_bias")
+        return isinstance(bias, dict) and bias["name"] == "ScaleInvariant" and not bias.get("discount")
+
+    def set_on(self, model: Transformer) -> None:
+        bias: Any = self.distance_bias
+        model.distance_bias = replace(bias, tau=model.distance_bias.tau)
 
 
 def standard_modes(length: int, log_n: float = 0.2, tail: float = 2.0) -> list[Mode]:
@@ -52,3 +69,8 @@ def standard_modes(length: int, log_n: float = 0.2, tail: float = 2.0) -> list[M
         Mode("sliding", f"sliding window of {length}", distance_bias=SlidingWindow(length)),
         Mode("recompute", f"recompute the last {length}", recompute=True),
     ]
+
+
+def discounted(length: int, discount: float = 2.0) -> Mode:
+    bias = ScaleInvariant(discount=discount, trained_length=length)
+    return Discount("discount", f"dense, discount {discount:g}", distance_bias=bias)

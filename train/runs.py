@@ -12,7 +12,6 @@ from train.checkpoint import EXPORTED, FREE, difference, load_trained, tokenizer
 from train.data import TextData
 from train.errors import UserError
 from train.language_model import LanguageModel
-from train.modes import SETTINGS, Mode
 from xpos_zoo import Transformer
 
 # As the literature calls them, and what it calls them if slow pairs are left out.
@@ -40,10 +39,6 @@ class Run:
         if text.state_dict()["tokenizer"] != self.tokenizer:
             raise UserError(f"{self.checkpoint} has another tokenizer than data.tokenizer gives now")
         return text
-
-    def takes(self, mode: Mode) -> bool:
-        """Whether the mode sets nothing that layers were trained with, such as a bias of their own."""
-        return not any(self.positions.get(name) and getattr(mode, name) for name in SETTINGS)
 
     def model(self, device: torch.device) -> Transformer:
         return load_model(self.checkpoint, device)
