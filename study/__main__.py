@@ -19,7 +19,7 @@ from study import recall
 from study.context_use import MODES, measure_context_use
 from study.encodings import rescaled_modes
 from study.recall import DISTRACTORS, measure_recall
-from study.recipes import HEADLINE, P_ROPE, PARTIAL, Options, ablations, hybrids, recipes
+from study.recipes import HEADLINE, PARTIAL, Options, ablations, hybrids, recipes
 from study.tables import RESULTS, write_document
 from train.__main__ import main as train
 from train.errors import UserError, command
@@ -100,7 +100,6 @@ class Study(NamedTuple):
         scaled = [xpos[0]._replace(encoding=f"scale_base {length // 2}"), *self.trainings(other, first)]
         scaled.sort(key=lambda training: int(training.encoding.split()[1]))
         headline = self.trainings(some(on_text, *HEADLINE), seeds)
-        ours = [training for training in headline if training.encoding in (PARTIAL, P_ROPE)]
         rest = {name: options for name, options in on_text.items() if name not in HEADLINE}
         more = self.trainings(rest | hybrids(length, *sizes) | ablations(length), first)
         asked = self.trainings(some(on_task, *HEADLINE), seeds, "recall")
@@ -132,7 +131,7 @@ class Study(NamedTuple):
             Measurement("longer", longer, [dense], partial(measure_loss, length=length)),
             Measurement("two_looks", asked_twice, [dense], partial(far, longest=32)),
             Measurement("recipes_use", headline, [dense], measure_context_use),
-            Measurement("recipes_loss", ours, [discounted(length)], measure_loss),
+            Measurement("recipes_loss", of_partial(headline), [discounted(length)], measure_loss),
             Measurement("recipes_recall", of_partial(asked), [discounted(task_length)], far),
             Measurement("two_looks", of_partial(asked_twice), [discounted(task_length)], partial(far, longest=32)),
             Measurement("recipes_loss", more, [dense], measure_loss),
