@@ -185,7 +185,7 @@ def plot_long(loss: Results, recall: Results) -> sns.FacetGrid:
         .query("distractors == 'growing'")
         .assign(x=lambda f: f["distance"] / recall.length, y=lambda f: 100 * f["right"] / f["asked"], label=RECALL),
     ]
-    frame = pd.concat(parts, ignore_index=True).query("encoding in @HEADLINE[:3] and x <= 64")
+    frame = pd.concat(parts, ignore_index=True).query("encoding in @HEADLINE[:3] and mode == 'dense' and x <= 64")
     grid = panels(frame, "x", "y", 1, "", facet_kws={"sharey": False}, height=3.2)
     return grid.set_axis_labels("context or distance / L", "")
 
