@@ -1,6 +1,6 @@
 """The thresholds of the extrapolation measure, fixed before any run: what is claimed, and whether it held.
 
-The learning rate's schedule for recall alone is younger than they are, chosen by two of five seeds.
+The learning rate's schedule for recall, and the discount, are younger than they are, each chosen by two of five seeds.
 """
 
 import math
