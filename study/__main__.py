@@ -19,7 +19,7 @@ from study import recall
 from study.context_use import MODES, measure_context_use
 from study.encodings import rescaled_modes
 from study.recall import DISTRACTORS, measure_recall
-from study.recipes import HEADLINE, PARTIAL, Options, ablations, hybrids, recipes
+from study.recipes import DISCOUNT, HEADLINE, PARTIAL, Options, ablations, hybrids, recipes
 from study.tables import RESULTS, write_document
 from train.__main__ import main as train
 from train.errors import UserError, command
@@ -89,9 +89,6 @@ class Study(NamedTuple):
         def some(known: dict[str, Options], *names: str) -> dict[str, Options]:
             return {name: known[name] for name in names}
 
-        def of_partial(trainings: list[Training]) -> list[Training]:
-            return [training for training in trainings if training.encoding == PARTIAL]
-
         both, rope = (self.trainings(some(on_text, *names), seeds[:3]) for names in (("xPos", "RoPE"), ("RoPE",)))
         xpos = [each for each in both if each.encoding == "xPos"]
         others = self.trainings(some(on_text, "ALiBi", "no positions"), first)
@@ -110,6 +107,10 @@ class Study(NamedTuple):
         asked_earlier += self.trainings(others_earlier, first, "recall", "cosine", **COSINE)
         asked_sharpened = self.trainings(some(on_task, SHARPENED), first, "recall", "cosine", **COSINE)
         asked_twice = self.trainings(some(on_task, *HEADLINE[:3]), seeds, "recall", "two_looks", **TWO_LOOKS)
+        ours, ours_asked, ours_twice = (
+            [training for training in all_of if training.encoding == PARTIAL]
+            for all_of in (headline, asked, asked_twice)
+        )
         trained_longer = {"data.context_length": 2 * length, "data.batch_size": batch_size // 2}  # as many tokens
         longer = self.trainings(some(recipes(2 * length, sizes[0]), PARTIAL), first, kind="longer", **trained_longer)
 
@@ -131,9 +132,9 @@ class Study(NamedTuple):
             Measurement("longer", longer, [dense], partial(measure_loss, length=length)),
             Measurement("two_looks", asked_twice, [dense], partial(far, longest=32)),
             Measurement("recipes_use", headline, [dense], measure_context_use),
-            Measurement("recipes_loss", of_partial(headline), [discounted(length)], measure_loss),
-            Measurement("recipes_recall", of_partial(asked), [discounted(task_length)], far),
-            Measurement("two_looks", of_partial(asked_twice), [discounted(task_length)], partial(far, longest=32)),
+            Measurement("recipes_loss", ours, [discounted(length, DISCOUNT)], measure_loss),
+            Measurement("recipes_recall", ours_asked, [discounted(task_length, DISCOUNT)], far),
+            Measurement("two_looks", ours_twice, [discounted(task_length, DISCOUNT)], partial(far, longest=32)),
             Measurement("recipes_loss", more, [dense], measure_loss),
             Measurement("recall_cosine", asked_earlier, [dense], far),
             Measurement("recipes_loss", sharpened, [standard_modes(length, tail=1)[2]], measure_loss),

@@ -10,6 +10,7 @@ Options = dict[str, Any]  # of train.language_model.LanguageModel
 
 PARTIAL = "partial xPos, ScaleInvariant"  # configs/long.yaml
 P_ROPE = "p-RoPE, ScaleInvariant"
+DISCOUNT = 2.0  # set on trained models of the first
 HEADLINE = ("RoPE", "xPos", PARTIAL, P_ROPE, "xPos, ScaleInvariant")
 
 

@@ -12,7 +12,7 @@ import seaborn as sns
 
 from study.context_use import FAR, far_table
 from study.recall import CHANCE, wilson
-from study.recipes import HEADLINE, PARTIAL, ablations
+from study.recipes import HEADLINE, P_ROPE, PARTIAL, ablations
 from study.thresholds import LONG_THRESHOLDS, recall_verdicts, two_looks_verdicts, verdicts
 from train.errors import command
 from train.extrapolate import loss_table, perplexity_table, rise_table
@@ -31,7 +31,7 @@ def where(results: Results, query: str) -> Results:
 
 
 def of_seeds_that_all_have(frame: Any) -> Any:
-    counts = frame.groupby("seed")["encoding"].nunique()
+    counts = frame[["seed", "encoding", "label"]].drop_duplicates()["seed"].value_counts()
     return frame[frame["seed"].map(counts) == counts.max()]
 
 
@@ -192,7 +192,7 @@ def plot_long(loss: Results, recall: Results) -> sns.FacetGrid:
 
 def plot_attention(use: Results) -> sns.FacetGrid:
     """Where each head attends from the end of the longest window, of one seed: a line a head, a panel a layer."""
-    shown = (PARTIAL, "p-RoPE, ScaleInvariant", "xPos")
+    shown = (PARTIAL, P_ROPE, "xPos")
     frame = of_seeds_that_all_have(use.tables["attention"].query(f"encoding in {shown}")).query("seed == seed.min()")
     frame = frame.assign(distance=frame["distance"].clip(lower=0.5) / use.length, share=100 * frame["share"])
     options: dict[str, Any] = {

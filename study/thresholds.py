@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from study.recipes import P_ROPE, PARTIAL
+from study.recipes import DISCOUNT, P_ROPE, PARTIAL
 from train.measure import Results, by_window, estimate, in_lengths
 
 Line = tuple[str, str]  # an encoding in a mode
@@ -101,7 +101,7 @@ def stays(mode: str, losses: Losses) -> tuple[bool, str]:
 
 
 def lower_at_length(losses: Losses) -> tuple[bool, str]:
-    found = {other[0]: estimate(losses[PARTIAL, "dense"][1] - losses[other][1]) for other in (ROPE, XPOS)}
+    found = {other[0]: estimate(losses[OURS][1] - losses[other][1]) for other in (ROPE, XPOS)}
     told = ", ".join(f"{nats(figures, 4)} of {name}" for name, figures in found.items())
     return all(figures[2] < 0 for figures in found.values()), told
 
@@ -114,7 +114,7 @@ def helps(mode: str, losses: Losses) -> tuple[bool, str]:
 
 
 def decay(losses: Losses) -> tuple[None, str]:
-    ours, theirs = losses[PARTIAL, "dense"], losses[P_ROPE, "dense"]
+    ours, theirs = losses[OURS], losses[P_ROPE, "dense"]
     found = {multiple: estimate(ours[multiple] - theirs[multiple]) for multiple in (1, 8, 64)}
     return None, ", ".join(f"{nats(figures, 4)} nats at {m} L".replace("1 L", "L") for m, figures in found.items())
 
@@ -140,15 +140,16 @@ THRESHOLDS = [
     Threshold(NO_WORSE, (BCA, RECOMPUTE), 2, 64, recompute),
 ]
 
-OURS = {"dense": PARTIAL, "discount": f"{PARTIAL}, discount 2"}  # by mode: as trained, and what came last
+CALLED = {"dense": PARTIAL, "discount": f"{PARTIAL}, discount {DISCOUNT:g}"}  # by mode: as trained, and what came last
 STAYS = "loss, {} is within +0.01 nats of L up to 16 L, +0.02 to 64 L (upper end)"
 LOWER = f"loss at L, {PARTIAL} is below RoPE and xPos (whole interval)"
 HELPS = "gain, {} is at 2 L and at 8 L below L (whole interval)"
+OURS = (PARTIAL, "dense")
 LONG_THRESHOLDS = [
-    *(Threshold(STAYS.format(OURS[mode]), ((PARTIAL, mode),), 2, 64, partial(stays, mode)) for mode in OURS),
-    Threshold(LOWER, ((PARTIAL, "dense"), ROPE, XPOS), 1, 1, lower_at_length),
-    *(Threshold(HELPS.format(OURS[mode]), ((PARTIAL, mode),), 8, 8, partial(helps, mode)) for mode in OURS),
-    Threshold(f"decay, {PARTIAL} less {P_ROPE}", ((PARTIAL, "dense"), (P_ROPE, "dense")), 64, 64, decay),
+    *(Threshold(STAYS.format(name), ((PARTIAL, mode),), 2, 64, partial(stays, mode)) for mode, name in CALLED.items()),
+    Threshold(LOWER, (OURS, ROPE, XPOS), 1, 1, lower_at_length),
+    *(Threshold(HELPS.format(name), ((PARTIAL, mode),), 8, 8, partial(helps, mode)) for mode, name in CALLED.items()),
+    Threshold(f"decay, {PARTIAL} less {P_ROPE}", (OURS, (P_ROPE, "dense")), 64, 64, decay),
 ]
 RECALLED = {8: 99, 32: 95, 64: 95}  # per cent at least, of the worst seed, by distance in trained lengths
 RECALLED_IN_TWO_LOOKS = {4: 90}  # of the seeds that learned to at L
@@ -165,7 +166,7 @@ def verdicts(results: Results, thresholds: Sequence[Threshold] = tuple(THRESHOLD
 def recall_verdicts(results: Results, recalled: dict[int, int] = RECALLED) -> list[str]:
     """For each distance that has a threshold, the worst seed of the recommended recipe."""
     found = []
-    for (mode, name), (multiple, least) in product(OURS.items(), recalled.items()):
+    for (mode, name), (multiple, least) in product(CALLED.items(), recalled.items()):
         ours = f"distractors == 'growing' and encoding == '{PARTIAL}' and mode == '{mode}'"
         at = results.tables["right"].query(f"{ours} and distance == {multiple * results.length}")
         claim = f"recall, {name} at {multiple} L at least {least} % in the worst"

@@ -207,6 +207,18 @@ def test_a_discount_changes_no_bit_of_a_training_at_its_length():
     assert not torch.equal(discounted[:, 24], plain[:, 24])
 
 
+def test_biases_by_distance_are_float32_whatever_the_default():
+    distance, default = torch.arange(30)[None, None, None], torch.get_default_dtype()
+    for bias in (SoftTail(0.7, 5), ScaleInvariant(3.0), ScaleInvariant(3.0, 2.3, 5)):
+        expected = bias(distance)
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            try:
+                torch.testing.assert_close(bias(distance), expected, rtol=0, atol=0)
+            finally:
+                torch.set_default_dtype(default)
+
+
 def test_a_bias_may_be_a_function_a_module_or_none_in_any_order():
     module, learned = block(), LearnedBias()
     for bias in (SoftTail(1.0, 5), learned, SoftTail(2.0, 5), None, learned, None, lambda distance: -distance):

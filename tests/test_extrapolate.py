@@ -136,13 +136,14 @@ def test_a_discount_is_for_models_with_scale_invariant_logits_and_keeps_their_ta
         (taken, True),
         (None, False),
         ([taken, None], False),
+        ([taken, taken], True),
         (taken | {"discount": 2.0}, False),
         ({"name": "SoftTail"}, False),
     ):
         assert mode.takes({"distance_bias": bias}) == takes
-    model.distance_bias = ScaleInvariant(3.0)
+    model.distance_bias = [ScaleInvariant(3.0), ScaleInvariant()]
     mode.set_on(model)
-    assert model.distance_bias == ScaleInvariant(3.0, 1.5, L)
+    assert model.distance_bias == [ScaleInvariant(3.0, 1.5, L), ScaleInvariant(10.0, 1.5, L)]
 
 
 def documents(*sizes: int) -> list[Document]:
@@ -210,7 +211,7 @@ def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(runs, tmp_path,
         ("--log_n=-1", "log_n, tail or discount: coefficient must be 0 or above and finite, got -1"),
         ("--tail=.inf", "log_n, tail or discount: power must be 0 or above and finite, got inf"),
         ("--discount=-1", "log_n, tail or discount: discount must be 0 or above and finite, got -1"),
-        ("--modes=[discount]", "modes: discount would change what the runs were trained with"),
+        ("--modes=[discount]", "modes: discount must fit one of the runs"),
         ("--modes=[loose]", "loose"),
     ):
         args = [str(runs), options, "--output", str(tmp_path / "out")]

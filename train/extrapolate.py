@@ -187,7 +187,7 @@ def extrapolate(
         output: folder for the results; a measurement that was interrupted goes on in it.
         longest: the longest context, in training lengths; a power of two.
         windows: how many windows of held-out text.
-        modes: which to measure; by default all that change nothing of what the runs were trained with.
+        modes: which to measure; by default all that fit: a run keeps what it was trained with, but for a discount.
         log_n: coefficient c of log-n scaling: a query that sees n > L keys is multiplied by 1 + c ln(n / L).
         tail: power p of the soft tail: logits at distance m > L get -p ln(m / L) added.
         discount: of runs with scale-invariant logits: logits at distances from L on get -discount added.

@@ -86,7 +86,8 @@ def measure(
         if mode.takes(run.positions)
     }
     if not wanted:
-        raise UserError(f"modes: {', '.join(mode.name for mode in modes)} would change what the runs were trained with")
+        names = ", ".join(mode.name for mode in modes)
+        raise UserError(f"modes: {names} must fit one of the runs, which keep what they were trained with")
     missing = [key for key, (run, _) in wanted.items() if cells.get(key, {}).get("checkpoint") != run.sha256]
     for key in tqdm(missing, unit="cell", disable=not missing):
         run, mode = wanted[key]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,15 +48,17 @@ class Mode:
 
 @dataclass(frozen=True)
 class Discount(Mode):
-    """For models that were trained with `ScaleInvariant` in all layers: the same with this one's discount."""
+    """For models that were trained with `ScaleInvariant`, and no discount, in all layers: with this one's discount."""
 
     def takes(self, trained: dict[str, Any]) -> bool:
         bias = trained.get("distance_bias")
-        return isinstance(bias, dict) and bias["name"] == "ScaleInvariant" and not bias.get("discount")
+        layers = bias if isinstance(bias, list) else [bias]
+        return all(own and own["name"] == "ScaleInvariant" and not own.get("discount") for own in layers)
 
     def set_on(self, model: Transformer) -> None:
-        bias: Any = self.distance_bias
-        model.distance_bias = replace(bias, tau=model.distance_bias.tau)
+        for attention in model.attentions:
+            own, bias = cast(ScaleInvariant, attention.distance_bias), cast(ScaleInvariant, self.distance_bias)
+            attention.distance_bias = replace(bias, tau=own.tau)
 
 
 def standard_modes(length: int, log_n: float = 0.2, tail: float = 2.0) -> list[Mode]:
@@ -72,5 +74,6 @@ def standard_modes(length: int, log_n: float = 0.2, tail: float = 2.0) -> list[M
 
 
 def discounted(length: int, discount: float = 2.0) -> Mode:
+    """For models with scale-invariant logits that were trained at `length`; ValueError as `ScaleInvariant` has it."""
     bias = ScaleInvariant(discount=discount, trained_length=length)
     return Discount("discount", f"dense, discount {discount:g}", distance_bias=bias)

@@ -66,10 +66,9 @@ class ScaleInvariant:
 
     At distance t a score S becomes a_t S + 1 - a_t^2, where a_t^2 = 2 ln(t / tau + 1) + 1: if scores are normally
     distributed, the keys between t and 2 t together weigh the same for every t above tau. With a discount, all that is
-    trained_length or farther away, which training never shows, gets -discount added: a key there weighs e^-discount of
-    what it would, so that many such octaves weigh as a few. It may be set before training or after, which is the same.
-    ValueError if tau is not positive and finite, discount is negative or infinite, trained_length is not positive, or
-    there is a discount without it.
+    trained_length or farther away gets -discount added, so that a key there weighs e^-discount of what it would. A
+    training at that length sees nothing of it: it may as well be set afterwards. ValueError if tau is not positive and
+    finite, discount is negative or infinite, trained_length is not positive, or there is a discount without it.
     """
 
     tau: float = 10.0
@@ -87,7 +86,8 @@ class ScaleInvariant:
 
     def __call__(self, distance: Tensor) -> Tensor:
         bias = -2 * torch.log1p(distance.clamp(min=0).float() / self.tau)
-        return bias if self.trained_length is None else bias - self.discount * (distance >= self.trained_length)
+        near = None if self.trained_length is None else distance < self.trained_length
+        return bias if near is None else torch.where(near, bias, bias - self.discount)
 
 
 @dataclass(frozen=True)
