@@ -30,7 +30,6 @@ from train.runs import Run, find_runs
 
 LOG_N = (0.05, 0.1, 0.2, 0.4)
 TAILS = (1.0, 2.0, 4.0, 8.0)
-SHARPENED = "partial xPos, ScalableSoftmax"  # measured with a soft tail on the trained model, too
 COSINE = {"schedule": "cosine"}  # of the learning rate, which in configs/recall.yaml stays high
 TWO_LOOKS = {"data.looks": 2, "trainer.max_steps": 5000}  # learned late, and all of a sudden
 
@@ -81,64 +80,57 @@ class Study(NamedTuple):
 
     def measurements(self) -> list[Measurement]:
         seeds, first = self.seeds, self.seeds[:1]
-        task = "recall" if self.size == "cpu" else f"{self.size}_recall"
-        (length, *sizes), (task_length, *task_sizes) = map(sizes_of, (self.size, task))
-        batch_size = config(self.size)["data"]["batch_size"]
-        on_text, on_task = recipes(length, sizes[0]), recipes(task_length, task_sizes[0])
+        task_size = "recall" if self.size == "cpu" else f"{self.size}_recall"
+        (length, *sizes), (task_length, *task_sizes) = map(sizes_of, (self.size, task_size))
+        on_text = recipes(length, sizes[0]) | hybrids(length, *sizes) | ablations(length)
+        on_task = recipes(task_length, task_sizes[0]) | hybrids(task_length, *task_sizes) | ablations(task_length)
 
-        def some(known: dict[str, Options], *names: str) -> dict[str, Options]:
-            return {name: known[name] for name in names}
+        def text(*names: str, seeds: tuple[int, ...] = seeds) -> list[Training]:
+            return self.trainings({name: on_text[name] for name in names}, seeds)
 
-        both, rope = (self.trainings(some(on_text, *names), seeds[:3]) for names in (("xPos", "RoPE"), ("RoPE",)))
-        xpos = [each for each in both if each.encoding == "xPos"]
-        others = self.trainings(some(on_text, "ALiBi", "no positions"), first)
+        def task(kind: str, *names: str, seeds: tuple[int, ...] = seeds, **more: Any) -> list[Training]:
+            return self.trainings({name: on_task[name] for name in names}, seeds, "recall", kind, **more)
+
+        others, others_asked = ([name for name in known if name not in HEADLINE] for known in (on_text, on_task))
         bases = sorted({length // 8, length // 4, length, 4 * length, 512})  # 512 is the authors'
         other = {f"scale_base {base}": {**on_text["xPos"], "scale_base": base} for base in bases}
-        scaled = [xpos[0]._replace(encoding=f"scale_base {length // 2}"), *self.trainings(other, first)]
+        scaled = [text("xPos")[0]._replace(encoding=f"scale_base {length // 2}"), *self.trainings(other, first)]
         scaled.sort(key=lambda training: int(training.encoding.split()[1]))
-        headline = self.trainings(some(on_text, *HEADLINE), seeds)
-        rest = {name: options for name, options in on_text.items() if name not in HEADLINE}
-        more = self.trainings(rest | hybrids(length, *sizes) | ablations(length), first)
-        asked = self.trainings(some(on_task, *HEADLINE), seeds, "recall")
-        earlier = on_task | hybrids(task_length, *task_sizes) | ablations(task_length)
-        others_earlier = {name: options for name, options in earlier.items() if name not in HEADLINE}
-        recalls = self.trainings(some(on_task, "xPos", "RoPE"), seeds[:3], "recall", "cosine", **COSINE)
-        asked_earlier = self.trainings(some(on_task, *HEADLINE), seeds, "recall", "cosine", **COSINE)
-        asked_earlier += self.trainings(others_earlier, first, "recall", "cosine", **COSINE)
-        asked_sharpened = self.trainings(some(on_task, SHARPENED), first, "recall", "cosine", **COSINE)
-        asked_twice = self.trainings(some(on_task, *HEADLINE[:3]), seeds, "recall", "two_looks", **TWO_LOOKS)
-        ours, ours_asked, ours_twice = (
-            [training for training in all_of if training.encoding == PARTIAL]
-            for all_of in (headline, asked, asked_twice)
-        )
+        batch_size = config(self.size)["data"]["batch_size"]
         trained_longer = {"data.context_length": 2 * length, "data.batch_size": batch_size // 2}  # as many tokens
-        longer = self.trainings(some(recipes(2 * length, sizes[0]), PARTIAL), first, kind="longer", **trained_longer)
+        ours = {PARTIAL: recipes(2 * length, sizes[0])[PARTIAL]}
+        longer = self.trainings(ours, first, kind="longer", **trained_longer)
 
         dense, _, _, bca, *_ = modes = standard_modes(length)
         soft = [standard_modes(length, log_n=c)[1] for c in LOG_N] + [standard_modes(length, tail=p)[2] for p in TAILS]
         used = [mode for mode in modes if mode.name in MODES]
+        less, less_asked = ([discounted(each, DISCOUNT)] for each in (length, task_length))
         far = partial(measure_recall, longest=128, distractors=DISTRACTORS)
-        sharpened = self.trainings(some(on_text, SHARPENED), first)
+        twice = partial(far, longest=32)
         return [
-            Measurement("loss", both, modes, measure_loss),
-            Measurement("encodings", others, [dense, bca], measure_loss),
-            Measurement("encodings", rope, rescaled_modes(length), measure_loss),
-            Measurement("softness", xpos, soft, partial(measure_loss, longest=32)),
+            Measurement("loss", text("xPos", "RoPE", seeds=seeds[:3]), modes, measure_loss),
+            Measurement("encodings", text("ALiBi", "no positions", seeds=first), [dense, bca], measure_loss),
+            Measurement("encodings", text("RoPE", seeds=seeds[:3]), rescaled_modes(length), measure_loss),
+            Measurement("softness", text("xPos", seeds=seeds[:3]), soft, partial(measure_loss, longest=32)),
             Measurement("scale_base", scaled, [dense], partial(measure_loss, longest=16)),
-            Measurement("context_use", both, used, measure_context_use),
-            Measurement("recall", recalls, standard_modes(task_length), measure_recall),
-            Measurement("recipes_loss", headline, [dense], measure_loss),
-            Measurement("recipes_recall", asked, [dense], far),
+            Measurement("context_use", text("xPos", "RoPE", seeds=seeds[:3]), used, measure_context_use),
+            Measurement(
+                "recall",
+                task("cosine", "xPos", "RoPE", seeds=seeds[:3], **COSINE),
+                standard_modes(task_length),
+                measure_recall,
+            ),
+            Measurement("recipes_loss", text(*HEADLINE), [dense], measure_loss),
+            Measurement("recipes_loss", text(PARTIAL), less, measure_loss),
+            Measurement("recipes_recall", task("", *HEADLINE), [dense], far),
+            Measurement("recipes_recall", task("", PARTIAL), less_asked, far),
             Measurement("longer", longer, [dense], partial(measure_loss, length=length)),
-            Measurement("two_looks", asked_twice, [dense], partial(far, longest=32)),
-            Measurement("recipes_use", headline, [dense], measure_context_use),
-            Measurement("recipes_loss", ours, [discounted(length, DISCOUNT)], measure_loss),
-            Measurement("recipes_recall", ours_asked, [discounted(task_length, DISCOUNT)], far),
-            Measurement("two_looks", ours_twice, [discounted(task_length, DISCOUNT)], partial(far, longest=32)),
-            Measurement("recipes_loss", more, [dense], measure_loss),
-            Measurement("recall_cosine", asked_earlier, [dense], far),
-            Measurement("recipes_loss", sharpened, [standard_modes(length, tail=1)[2]], measure_loss),
-            Measurement("recall_cosine", asked_sharpened, [standard_modes(task_length, tail=1)[2]], far),
+            Measurement("two_looks", task("two_looks", *HEADLINE[:3], **TWO_LOOKS), [dense], twice),
+            Measurement("two_looks", task("two_looks", PARTIAL, **TWO_LOOKS), less_asked, twice),
+            Measurement("recipes_use", text(*HEADLINE), [dense], measure_context_use),
+            Measurement("recipes_loss", text(*others, seeds=first), [dense], measure_loss),
+            Measurement("recall_cosine", task("cosine", *HEADLINE, **COSINE), [dense], far),
+            Measurement("recall_cosine", task("cosine", *others_asked, seeds=first, **COSINE), [dense], far),
         ]
 
 
