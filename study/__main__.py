@@ -30,8 +30,8 @@ from train.runs import Run, find_runs
 
 LOG_N = (0.05, 0.1, 0.2, 0.4)
 TAILS = (1.0, 2.0, 4.0, 8.0)
-COSINE = {"schedule": "cosine"}  # of the learning rate, which in configs/recall.yaml stays high
-TWO_LOOKS = {"data.looks": 2, "trainer.max_steps": 5000}  # learned late, and all of a sudden
+COSINE: Options = {"schedule": "cosine"}  # of the learning rate, which in configs/recall.yaml stays high
+TWO_LOOKS: Options = {"data.looks": 2, "trainer.max_steps": 5000}  # learned late, and all of a sudden
 
 
 class Training(NamedTuple):
