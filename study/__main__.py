@@ -104,7 +104,7 @@ class Study(NamedTuple):
         dense, _, _, bca, *_ = modes = standard_modes(length)
         soft = [standard_modes(length, log_n=c)[1] for c in LOG_N] + [standard_modes(length, tail=p)[2] for p in TAILS]
         used = [mode for mode in modes if mode.name in MODES]
-        less, less_asked = ([discounted(each, DISCOUNT)] for each in (length, task_length))
+        discount, task_discount = (discounted(each, DISCOUNT) for each in (length, task_length))
         far = partial(measure_recall, longest=128, distractors=DISTRACTORS)
         twice = partial(far, longest=32)
         return [
@@ -121,12 +121,12 @@ class Study(NamedTuple):
                 measure_recall,
             ),
             Measurement("recipes_loss", text(*HEADLINE), [dense], measure_loss),
-            Measurement("recipes_loss", text(PARTIAL), less, measure_loss),
+            Measurement("recipes_loss", text(PARTIAL), [discount], measure_loss),
             Measurement("recipes_recall", task("", *HEADLINE), [dense], far),
-            Measurement("recipes_recall", task("", PARTIAL), less_asked, far),
+            Measurement("recipes_recall", task("", PARTIAL), [task_discount], far),
             Measurement("longer", longer, [dense], partial(measure_loss, length=length)),
             Measurement("two_looks", task("two_looks", *HEADLINE[:3], **TWO_LOOKS), [dense], twice),
-            Measurement("two_looks", task("two_looks", PARTIAL, **TWO_LOOKS), less_asked, twice),
+            Measurement("two_looks", task("two_looks", PARTIAL, **TWO_LOOKS), [task_discount], twice),
             Measurement("recipes_use", text(*HEADLINE), [dense], measure_context_use),
             Measurement("recipes_loss", text(*others, seeds=first), [dense], measure_loss),
             Measurement("recall_cosine", task("cosine", *HEADLINE, **COSINE), [dense], far),

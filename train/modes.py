@@ -73,7 +73,7 @@ def standard_modes(length: int, log_n: float = 0.2, tail: float = 2.0) -> list[M
     ]
 
 
-def discounted(length: int, discount: float = 2.0) -> Mode:
+def discounted(length: int, discount: float) -> Mode:
     """For models with scale-invariant logits that were trained at `length`; ValueError as `ScaleInvariant` has it."""
     bias = ScaleInvariant(discount=discount, trained_length=length)
     return Discount("discount", f"dense, discount {discount:g}", distance_bias=bias)

@@ -86,8 +86,9 @@ class ScaleInvariant:
 
     def __call__(self, distance: Tensor) -> Tensor:
         bias = -2 * torch.log1p(distance.clamp(min=0).float() / self.tau)
-        near = None if self.trained_length is None else distance < self.trained_length
-        return bias if near is None else torch.where(near, bias, bias - self.discount)
+        if self.trained_length is None:
+            return bias
+        return torch.where(distance < self.trained_length, bias, bias - self.discount)
 
 
 @dataclass(frozen=True)
