@@ -1,8 +1,9 @@
 """`python -m benchmarks.decode --device cpu`: time of one decoded token against its position.
 
-One attention block, batch 1: ours blockwise, ours dense, a cache of raw keys that is rotated afresh at every step
-(torchscale's way), and x-transformers' Attention with rotary_xpos, which does so too. Ours and the raw keys are
-compiled; x-transformers, whose cache grows by concatenation, is not. On a CPU only the ratios mean anything.
+One attention block, batch 1: ours blockwise, ours dense, the same with the recipe of configs/long.yaml, a cache of raw
+keys that is rotated afresh at every step (torchscale's way), and x-transformers' Attention with rotary_xpos, which does
+so too. Ours and the raw keys are compiled; x-transformers, whose cache grows by concatenation, is not. On a CPU only
+the ratios mean anything.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import milliseconds, peers, publish, record
-from xpos_zoo import XPOS, MultiHeadAttention
+from xpos_zoo import XPOS, MultiHeadAttention, ScaleInvariant
 
 POSITIONS = [1024, 4096, 16384, 65536, 131072]
 
@@ -36,8 +37,13 @@ class Decoding:
         module = MultiHeadAttention(self.embed_dim, self.num_heads, positions=positions, block_size=block_size)
         return module.to(self.device, self.dtype).requires_grad_(False)
 
-    def ours(self, block_size: int | None, mode: str | None = None) -> Callable[[], Any]:
-        module = self.block(block_size)
+    def recipe(self) -> MultiHeadAttention:
+        module = self.block(None)
+        module.positions = XPOS(module.head_dim, self.block_size, max_wavelength=2 * self.block_size).to(self.device)
+        module.distance_bias = ScaleInvariant()
+        return module
+
+    def ours(self, module: MultiHeadAttention, mode: str | None = None) -> Callable[[], Any]:
         cache = module.make_cache(1, self.position)
         cache[0].k.copy_(self.keys(cache[0].slots) / 100)
         compiled = torch.compile(module, fullgraph=True, mode=mode)
@@ -94,17 +100,20 @@ def main() -> None:
         torch._dynamo.reset()
         case = Decoding(position, 512, 8, 512, getattr(torch, options.dtype), options.device)
         contenders = {
-            "ours, blockwise": case.ours(512),
-            "ours, dense": case.ours(None),
+            "ours, blockwise": case.ours(case.block(512)),
+            "ours, dense": case.ours(case.block(None)),
+            "ours, dense, scale-invariant": case.ours(case.recipe()),
             "raw keys, rotated afresh": case.raw_keys(),
         }
         if options.device == "cuda":
-            contenders["ours, dense, CUDA graphs"] = case.ours(None, "reduce-overhead")
+            contenders["ours, dense, CUDA graphs"] = case.ours(case.block(None), "reduce-overhead")
         contenders |= peers({"x-transformers": case.x_transformers})
         times = milliseconds(contenders, options.device, options.seconds)
         first = times["ours, blockwise"] if first is None else first
-        ratios = {f"{name} / ours, blockwise": each / times["ours, blockwise"] for name, each in times.items()}
-        del ratios["ours, blockwise / ours, blockwise"]
+        base = dict.fromkeys(times, "ours, blockwise") | {"ours, dense, scale-invariant": "ours, dense"}
+        ratios = {
+            f"{name} / {base[name]}": each / times[base[name]] for name, each in times.items() if name != base[name]
+        }
         rows.append(
             {"position": position, f"ours, blockwise / at {options.positions[0]}": times["ours, blockwise"] / first}
             | ratios

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.train --device cpu`: what Lightning costs over a bare PyTorch loop, and FLOP utilisation.
+"""`python -m benchmarks.train --device cpu`: what Lightning and configs/long.yaml cost, and FLOP utilisation.
 
-The same model, batches, optimizer and schedule in both; they take turns for rounds of steps, and median times of a
-step are compared. On a CPU only the ratio means anything; on a GPU also the rate of floating-point operations, as a
-share of what a large matrix product of the same dtype reaches in the same run.
+A Lightning trainer and a bare PyTorch loop with plain xPos, and the bare loop with the recipe of configs/long.yaml: the
+same sizes, batches, optimizer and schedule. They take turns for rounds of steps, and median times of a step are
+compared. On a CPU only the ratios mean anything; on a GPU also the rate of operations, as a share of what
+a large matrix product of the same dtype reaches in the same run.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import logging
 import statistics
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader
 from benchmarks.harness import milliseconds, publish, record
 from train.callbacks import training_flops
 from train.language_model import LanguageModel
+from xpos_zoo import XPOS
 
 SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {  # context length, batch size, model
     "demo": (128, 16, {"embed_dim": 128, "num_layers": 4, "num_heads": 4}),
@@ -98,20 +101,27 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     length, batch, model = SIZES[options.size]
     torch.manual_seed(0)
-    module = LanguageModel(length, **model, compile=options.device == "cuda", warmup_steps=1)
+    make = partial(LanguageModel, length, **model, compile=options.device == "cuda", warmup_steps=1)
+    plain, recipe = make(), make(partial(XPOS, max_wavelength=length), distance_bias={"name": "ScaleInvariant"})
+    contenders = {
+        "lightning": (lightning_round, plain),
+        "bare": (bare_round, plain),
+        "bare, configs/long.yaml": (bare_round, recipe),
+    }
     windows = torch.randint(256, (batch * options.steps, length + 1))
     data = DataLoader(windows, batch_size=batch)  # type: ignore[arg-type]
-    times: dict[str, list[float]] = {"lightning": [], "bare": []}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     settings = {"batch_size": batch, "context_length": length, **model}
     row: dict[str, Any] = {"size": options.size, "precision": options.precision}
     for rounds in range(1, options.rounds + 1):
-        for name, one_round in (("lightning", lightning_round), ("bare", bare_round)):
+        for name, (one_round, module) in contenders.items():
             times[name] += one_round(module, data, options.precision, options.device)[5:]
             print(name, f"{statistics.median(times[name]):.2f} ms a step", flush=True)
         step = {name: statistics.median(each) for name, each in times.items()}
         row["rounds"], row["lightning / bare"] = rounds, step["lightning"] / step["bare"]
+        row["configs/long.yaml / xPos, bare"] = step["bare, configs/long.yaml"] / step["bare"]
         if options.device == "cuda":
-            rate = batch * length * training_flops(module.transformer, length) / (step["lightning"] / 1000)
+            rate = batch * length * training_flops(plain.transformer, length) / (step["lightning"] / 1000)
             reached = matrix_product_rate(torch.bfloat16 if options.precision == "bf16-mixed" else torch.float32)
             row["tokens a second"] = batch * length / (step["lightning"] / 1000)
             row["share of the matrix product's rate"] = rate / reached
