@@ -32,16 +32,11 @@ class Decoding:
     def keys(self, slots: int) -> Tensor:
         return torch.randn(1, self.num_heads, slots, self.embed_dim // self.num_heads, dtype=self.dtype).to(self.device)
 
-    def block(self, block_size: int | None) -> MultiHeadAttention:
-        positions = partial(XPOS, scale_base=self.block_size)
-        module = MultiHeadAttention(self.embed_dim, self.num_heads, positions=positions, block_size=block_size)
+    def block(self, block_size: int | None, max_wavelength: int | None = None, **options: Any) -> MultiHeadAttention:
+        positions = partial(XPOS, scale_base=self.block_size, max_wavelength=max_wavelength)
+        options |= {"positions": positions, "block_size": block_size}
+        module = MultiHeadAttention(self.embed_dim, self.num_heads, **options)
         return module.to(self.device, self.dtype).requires_grad_(False)
-
-    def recipe(self) -> MultiHeadAttention:
-        module = self.block(None)
-        module.positions = XPOS(module.head_dim, self.block_size, max_wavelength=2 * self.block_size).to(self.device)
-        module.distance_bias = ScaleInvariant()
-        return module
 
     def ours(self, module: MultiHeadAttention, mode: str | None = None) -> Callable[[], Any]:
         cache = module.make_cache(1, self.position)
@@ -102,7 +97,7 @@ def main() -> None:
         contenders = {
             "ours, blockwise": case.ours(case.block(512)),
             "ours, dense": case.ours(case.block(None)),
-            "ours, dense, scale-invariant": case.ours(case.recipe()),
+            "ours, dense, scale-invariant": case.ours(case.block(None, 1024, distance_bias=ScaleInvariant())),
             "raw keys, rotated afresh": case.raw_keys(),
         }
         if options.device == "cuda":

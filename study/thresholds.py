@@ -52,10 +52,22 @@ def nats(figures: Figures, digits: int = 3) -> str:
     return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*figures, d=digits)
 
 
-def rises(losses: Losses, line: Line, reach: int) -> dict[float, Figures]:
+def rises(losses: Losses, line: Line, reach: int = 64) -> dict[float, Figures]:
     """From L to each context above it, up to `reach` L."""
     of = losses[line]
     return {multiple: estimate(of[multiple] - of[1]) for multiple in sorted(of) if 1 < multiple <= reach}
+
+
+def highest(found: dict[float, Figures], by: int) -> tuple[float, str]:
+    """The highest mean (0) or upper end (2) of all contexts, and how it is told."""
+    multiple = max(found, key=lambda multiple: found[multiple][by])
+    return found[multiple][by], f"at most {nats(found[multiple], 4)}, at {multiple:g} L"
+
+
+def below(differences: dict[str, pd.DataFrame]) -> tuple[bool, str]:
+    """Whether all are below 0 with their whole intervals, and how they are told."""
+    found = {name: estimate(each) for name, each in differences.items()}
+    return all(each[2] < 0 for each in found.values()), ", ".join(f"{nats(f, 4)} {name}" for name, f in found.items())
 
 
 def rise_at(line: Line, multiple: int, holds: Callable[[float], bool]) -> Judge:
@@ -67,18 +79,15 @@ def rise_at(line: Line, multiple: int, holds: Callable[[float], bool]) -> Judge:
 
 
 def flat(losses: Losses) -> tuple[bool, str]:
-    multiple, rise = max(rises(losses, ("xPos", "BCA"), 64).items(), key=lambda item: item[1][2])
-    return rise[2] <= 0.02, f"at most {nats(rise, 4)}, at {multiple:g} L"
+    rise, told = highest(rises(losses, BCA), by=2)
+    return rise <= 0.02, told
 
 
-def open_context(mode: str) -> Judge:
-    def judge(losses: Losses) -> tuple[bool, str]:
-        xpos, rope = (rises(losses, (encoding, mode), 32) for encoding in ("xPos", "RoPE"))
-        worst, farthest = max(xpos.values()), max(xpos)
-        collapsed = rope[farthest][0] > 1 or farthest < 32  # not asked before
-        return worst[0] <= 0.1 and collapsed, f"xPos at most {nats(worst)}, RoPE {nats(rope[farthest])}"
-
-    return judge
+def open_context(mode: str, losses: Losses) -> tuple[bool, str]:
+    xpos, rope = (rises(losses, (encoding, mode), 32) for encoding in ("xPos", "RoPE"))
+    worst, farthest = max(xpos.values()), max(xpos)
+    collapsed = rope[farthest][0] > 1 or farthest < 32  # not asked before
+    return worst[0] <= 0.1 and collapsed, f"xPos at most {nats(worst)}, RoPE {nats(rope[farthest])}"
 
 
 def fair_win(losses: Losses) -> tuple[None, str]:
@@ -87,36 +96,28 @@ def fair_win(losses: Losses) -> tuple[None, str]:
 
 
 def recompute(losses: Losses) -> tuple[bool, str]:
-    ours, theirs = (losses["xPos", mode] for mode in ("BCA", "recompute"))
-    found = {multiple: estimate(ours[multiple] - theirs[multiple]) for multiple in sorted(ours) if 1 < multiple <= 64}
-    multiple, difference = max(found.items(), key=lambda item: item[1][0])
-    return difference[0] <= 0.01, f"at most {nats(difference, 4)}, at {multiple:g} L"
+    ours, theirs = losses[BCA], losses[RECOMPUTE]
+    worst, told = highest({m: estimate(ours[m] - theirs[m]) for m in sorted(ours) if 1 < m <= 64}, by=0)
+    return worst <= 0.01, told
 
 
 def stays(mode: str, losses: Losses) -> tuple[bool, str]:
-    rise = rises(losses, (PARTIAL, mode), 64)
-    near, far = (max((m for m in rise if m <= reach), key=lambda m: rise[m][2]) for reach in (16, 64))
-    told = dict.fromkeys(f"at most {nats(rise[m], 4)}, at {m:g} L" for m in (near, far))
-    return rise[near][2] <= 0.01 and rise[far][2] <= 0.02, "; ".join(told)
+    (near, told), (far, told_far) = (highest(rises(losses, (PARTIAL, mode), reach), by=2) for reach in (16, 64))
+    return near <= 0.01 and far <= 0.02, "; ".join(dict.fromkeys((told, told_far)))
 
 
 def lower_at_length(losses: Losses) -> tuple[bool, str]:
-    found = {other[0]: estimate(losses[OURS][1] - losses[other][1]) for other in (ROPE, XPOS)}
-    told = ", ".join(f"{nats(figures, 4)} of {name}" for name, figures in found.items())
-    return all(figures[2] < 0 for figures in found.values()), told
+    return below({f"of {other[0]}": losses[OURS][1] - losses[other][1] for other in (ROPE, XPOS)})
 
 
 def helps(mode: str, losses: Losses) -> tuple[bool, str]:
     ours = losses[PARTIAL, mode]
-    found = {multiple: estimate(ours[multiple] - ours[1]) for multiple in (2, 8)}
-    told = ", ".join(f"{nats(figures, 4)} at {multiple} L" for multiple, figures in found.items())
-    return all(figures[2] < 0 for figures in found.values()), told
+    return below({f"at {multiple} L": ours[multiple] - ours[1] for multiple in (2, 8)})
 
 
 def decay(losses: Losses) -> tuple[None, str]:
     ours, theirs = losses[OURS], losses[P_ROPE, "dense"]
-    found = {multiple: estimate(ours[multiple] - theirs[multiple]) for multiple in (1, 8, 64)}
-    return None, ", ".join(f"{nats(figures, 4)} nats at {m} L".replace("1 L", "L") for m, figures in found.items())
+    return None, below({f"nats at {name}": ours[m] - theirs[m] for name, m in (("L", 1), ("8 L", 8), ("64 L", 64))})[1]
 
 
 XPOS, ROPE, BCA, RECOMPUTE = ("xPos", "dense"), ("RoPE", "dense"), ("xPos", "BCA"), ("xPos", "recompute")
@@ -126,14 +127,13 @@ FAIR = "fair win, from L to 4 L xPos BCA rises more than RoPE BCA by"
 NO_WORSE = (
     "no worse than recompute, xPos BCA is up to 64 L within 0.01 nats of recomputing the last L at a stride of L/2"
 )
+COLLAPSE = "collapse, RoPE dense at 4 L is at least 1 nat above L"
 THRESHOLDS = [
-    Threshold(
-        "collapse, RoPE dense at 4 L is at least 1 nat above L", (ROPE,), 4, 4, rise_at(ROPE, 4, lambda x: x >= 1)
-    ),
+    Threshold(COLLAPSE, (ROPE,), 4, 4, rise_at(ROPE, 4, lambda x: x >= 1)),
     Threshold("xPos dense at 2 L is within 0.05 nats of L", (XPOS,), 2, 2, rise_at(XPOS, 2, lambda x: x <= 0.05)),
     Threshold(FLAT, (BCA,), 2, 64, flat),
     *(
-        Threshold(OPEN.format(name), (("xPos", mode), ("RoPE", mode)), 2, 32, open_context(mode))
+        Threshold(OPEN.format(name), (("xPos", mode), ("RoPE", mode)), 2, 32, partial(open_context, mode))
         for name, mode in (("log-n scaling", "log-n"), ("a soft tail", "tail"))
     ),
     Threshold(FAIR, (BCA, ("RoPE", "BCA")), 4, 4, fair_win),

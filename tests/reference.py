@@ -27,7 +27,6 @@ from xpos_zoo import (
     DistanceBias,
     MultiHeadAttention,
     PositionModule,
-    QueryScaling,
     RotaryEmbedding,
     ScalableSoftmax,
     ScaleInvariant,
@@ -442,18 +441,10 @@ class LearnedBias(nn.Module):
         return self.table[heads, distance.long().clamp(0, 7)]
 
 
-def block(
-    embed_dim: int = 32,
-    num_heads: int = 4,
-    query_scaling: QueryScaling | None = None,
-    distance_bias: DistanceBias | None = None,
-    **options: Any,
-) -> MultiHeadAttention:
+def block(embed_dim: int = 32, num_heads: int = 4, **options: Any) -> MultiHeadAttention:
     """The same weights at every call."""
     torch.manual_seed(0)
-    module = MultiHeadAttention(embed_dim, num_heads, **options)
-    module.query_scaling, module.distance_bias = query_scaling, distance_bias
-    return module
+    return MultiHeadAttention(embed_dim, num_heads, **options)
 
 
 def model(

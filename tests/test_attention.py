@@ -169,7 +169,7 @@ def test_dropout_keeps_the_mean(w, scale_base):
 def test_the_block_equals_the_formula(n, b, query_scaling, distance_bias, documents, dtype, autocast, chunk, **options):
     assume(b * n > 0 or not isinstance(distance_bias, LearnedBias))  # whose parameters nothing then depends on
     ids = document_ids(n) if documents and b == 2 and n and query_scaling is None else None
-    module = block(13, 4, query_scaling, distance_bias, **options).to(dtype)
+    module = block(13, query_scaling=query_scaling, distance_bias=distance_bias, **options).to(dtype)
     autocast = autocast if dtype == torch.float32 else None
     with mock.patch.object(plan, "QUERY_CHUNK", chunk):
         assert_block_is_exact(module, normal(0, b, n, 13, dtype=dtype), autocast=autocast, document_ids=ids)
@@ -197,8 +197,7 @@ def test_a_discount_changes_no_bit_of_a_training_at_its_length():
     """So that one on a trained model is one that it was trained with."""
     found = []
     for bias in (ScaleInvariant(3.0), ScaleInvariant(3.0, discount=2.0, trained_length=24)):
-        module, x = block(), normal(0, 2, 25, 32)
-        module.distance_bias = bias
+        module, x = block(distance_bias=bias), normal(0, 2, 25, 32)
         module(x[:, :24]).square().sum().backward()
         found.append((module(x), module.q_proj.weight.grad))
     (plain, plain_grad), (discounted, grad) = found
@@ -244,7 +243,7 @@ def test_a_refused_setting_leaves_the_old_one():
 @PATTERNS
 def test_the_block_equals_the_formula_on_cuda(positions, bias, block_size, dtype):
     """Where there is a bias, by FlexAttention."""
-    module = block(64, 4, None, bias, num_kv_heads=1, block_size=block_size, positions=positions).to(dtype)
+    module = block(64, distance_bias=bias, num_kv_heads=1, block_size=block_size, positions=positions).to(dtype)
     assert_block_is_exact(module, normal(0, 2, 41, 64, dtype=dtype), device="cuda")
 
 

@@ -99,7 +99,8 @@ def test_nan_stays_nan_when_pairs_go_as_integers(bits, compiler_counts):
 
 
 def test_logits_by_distance_and_scaled_queries_add_no_graph_under_autocast(compiler_counts):
-    module = block(32, 4, LogNScaling(0.5, 10), ScaleInvariant(3.0), block_size=8).requires_grad_(False)
+    module = block(query_scaling=LogNScaling(0.5, 10), distance_bias=ScaleInvariant(3.0), block_size=8)
+    module.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
         tolerance = 8 * roundoff(torch.bfloat16)  # compiled, it keeps float32 where eager mode rounds between steps
         check_graphs(module, [*inputs(32, LENGTHS, grad=False)], compiler_counts, graphs_of(8), tolerance)
@@ -142,10 +143,17 @@ def test_padding_adds_no_graph(block_size, compiler_counts):
     check_graphs(masked, calls, compiler_counts, graphs_of(block_size))
 
 
-@pytest.mark.parametrize("biases", [(None, None), (LogNScaling(0.5, 10), SoftTail(4.0, 10))], ids=["plain", "biased"])
-def test_one_graph_decodes_and_prefill_has_those_of_a_forward_without_a_cache(biases, compiler_counts):
-    block_size = 8 if any(biases) else None
-    module = block(32, 4, *biases, positions=Sloped if any(biases) else XPOS, block_size=block_size)
+BIASED = {
+    "query_scaling": LogNScaling(0.5, 10),
+    "distance_bias": SoftTail(4.0, 10),
+    "positions": Sloped,
+    "block_size": 8,
+}
+
+
+@pytest.mark.parametrize("options", [{}, BIASED], ids=["plain", "biased"])
+def test_one_graph_decodes_and_prefill_has_those_of_a_forward_without_a_cache(options, compiler_counts):
+    module, block_size = block(**options), options.get("block_size")
     compiled = compile_graph(module.requires_grad_(False))
     sizes = [2, 3, 16, 17, 30, *[1] * 20]
     x, cache, outputs = normal(0, 2, sum(sizes), 32), module.make_cache(2, sum(sizes)), []

@@ -75,7 +75,9 @@ def outputs_and_all_gradients_of_a_block_are_those_of_one_process(meshes):
         documents = draw([True, False])
         scaling = None if documents else draw([None, LogNScaling(0.5, 3)])
         options = {"num_kv_heads": draw([1, 2, 4]), "bias": draw([True, False]), "block_size": w}
-        module = block(32, h, scaling, bias, positions=positions, **options).to(draw(DTYPES[:2]))
+        module = block(32, h, positions=positions, query_scaling=scaling, distance_bias=bias, **options).to(
+            draw(DTYPES[:2])
+        )
         b, n = draw([1, 3]), w * draw([1, 2, 3, 7]) * mesh.size()
         x = normal(case, b, n, 32, dtype=module.q_proj.weight.dtype).requires_grad_()
         ids = tokens(b, n, below=5 * n).sort().values // (3 * w) if documents else None

@@ -155,8 +155,8 @@ def test_expected_scores_are_the_means_of_the_models_own_logits(positions, encod
 def test_what_is_told_of_attention_is_what_layers_attend_with(positions, scaling, bias, block_size, monkeypatch):
     monkeypatch.setattr(study.context_use, "QUERIES_AT_ONCE", 5)
     torch.manual_seed(0)
-    block = MultiHeadAttention(32, 4, num_kv_heads=2, positions=positions, block_size=block_size).double()
-    block.query_scaling, block.distance_bias = scaling, bias
+    settings = {"block_size": block_size, "query_scaling": scaling, "distance_bias": bias}
+    block = MultiHeadAttention(32, 4, num_kv_heads=2, positions=positions, **settings).double()
     x = 3 * torch.randn(2, 33, 32, dtype=torch.float64)
     v = block.v_proj(x).unflatten(-1, (2, 8)).transpose(1, 2).repeat_interleave(2, 1)
     found = [logits.softmax(-1) @ v[:, :, : logits.shape[-1]] for logits, _ in logits_in_chunks(block, x, 16)]

@@ -34,7 +34,7 @@ def masks(b: int, most: int, rows: int) -> st.SearchStrategy[list[list[bool]]]:
     bias=st.booleans(),
 )
 def test_every_row_is_as_alone(padding, scaling, tail, documents, **options):
-    module, mask = block(32, 4, scaling, tail, **options), torch.tensor(padding)
+    module, mask = block(query_scaling=scaling, distance_bias=tail, **options), torch.tensor(padding)
     b, n = mask.shape
     ids = (torch.arange(n) // 7).expand(b, n) if documents and scaling is None else None
     x, upstream = normal(0, b, n, 32), normal(1, b, n, 32)

@@ -42,8 +42,7 @@ def dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
 def test_a_model_that_is_saved_and_loaded_gives_the_same_logits_bit_for_bit(options, tmp_path):
-    model = make(**options)
-    model.distance_bias = ScaleInvariant(5.0)
+    model = make(**options, distance_bias=ScaleInvariant(5.0))
     model.save_pretrained(tmp_path / "model")
     loaded = Transformer.from_pretrained(tmp_path / "model")
     assert loaded.config == model.config

@@ -69,14 +69,17 @@ def test_logits_and_gradients_are_those_of_the_documented_architecture(options, 
 
 
 def test_block_size_temperature_and_bias_reach_every_layer():
-    transformer, words = model(3), tokens(2, 20)
-    dense = transformer(words)
-    settings = (7, LogNScaling(0.5, 5), SoftTail(2.0, 5))
-    transformer.block_size, transformer.query_scaling, transformer.distance_bias = settings
-    assert (transformer.block_size, transformer.query_scaling, transformer.distance_bias) == settings
-    assert [(a.block_size, a.query_scaling, a.distance_bias) for a in transformer.attentions] == 3 * [settings]
-    transformer.block_size = transformer.query_scaling = transformer.distance_bias = None
-    assert torch.equal(transformer(words), dense)
+    plain, words = model(3), tokens(2, 20)
+    settings = {"block_size": 7, "query_scaling": LogNScaling(0.5, 5), "distance_bias": SoftTail(2.0, 5)}
+    transformer = model(3, **settings)
+    assert [{name: getattr(a, name) for name in settings} for a in transformer.attentions] == 3 * [settings]
+    with_all = transformer(words)
+    for name, value in settings.items():
+        assert getattr(transformer, name) == value
+        setattr(transformer, name, None)
+        setattr(plain, name, value)
+    assert torch.equal(plain(words), with_all)
+    assert torch.equal(transformer(words), model(3)(words))
 
 
 @pytest.mark.parametrize("silent", ["feed_forward.down_proj", "attention.out_proj"])

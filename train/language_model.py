@@ -109,10 +109,10 @@ class LanguageModel(L.LightningModule):
                 positions=makers if many else makers[0],
                 block_size=block_size,
                 query_scaling=from_named("query_scaling", query_scaling),
+                distance_bias=from_named("distance_bias", distance_bias),
                 hidden_dim=hidden_dim,
                 dropout=dropout,
             )
-            self.transformer.distance_bias = from_named("distance_bias", distance_bias)
         except UserError:
             raise
         except (ValueError, TypeError) as error:

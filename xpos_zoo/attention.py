@@ -34,16 +34,16 @@ class MultiHeadAttention(nn.Module):
         positions: called with head_dim, gives the position module: `XPOS`, `RotaryEmbedding`,
             `partial(XPOS, scale_base=64)`, or any `PositionModule` of your own.
         block_size: None for dense causal attention; an integer for blockwise causal attention in blocks of that size.
+        query_scaling: None, or a `QueryScaling` by the number of keys seen: `LogNScaling`, `ScalableSoftmax`.
+        distance_bias: None, or a `DistanceBias`: `ScaleInvariant`, `SoftTail`; a module's parameters are trained with
+            the others. Attention is then masked, 1024 queries at a time; training keeps all masks.
         bias: whether the projections have biases.
         dropout: probability of dropping an attention weight in training.
         device, dtype: where the module goes, and as what, once it is made.
 
     Attributes that may be set at any time, on a trained model too:
-        block_size, positions (a module): as above.
+        positions (a module), block_size, query_scaling, distance_bias: as above.
         q_proj, k_proj, v_proj, out_proj: any modules of the same widths, such as quantised ones and adapters.
-        query_scaling: None, or a `QueryScaling` by the number of keys seen: `LogNScaling`, `ScalableSoftmax`.
-        distance_bias: None, or a `DistanceBias` such as `SoftTail`; a module's parameters are trained with the others.
-            Attention is then masked, 1024 queries at a time; training keeps all masks.
         cp_mesh: None, or a `DeviceMesh` of one dimension for context parallelism: x is then this rank's part of longer
             rows, which follow each other over its ranks, a multiple of block_size tokens each; so are document_ids.
             Ranks exchange one block of keys and values. For blockwise attention without a cache.
@@ -65,6 +65,8 @@ class MultiHeadAttention(nn.Module):
         head_dim: int | None = None,
         positions: Callable[[int], PositionModule] = XPOS,
         block_size: int | None = None,
+        query_scaling: QueryScaling | None = None,
+        distance_bias: DistanceBias | None = None,
         bias: bool = False,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -90,8 +92,8 @@ class MultiHeadAttention(nn.Module):
         self.head_dim = head_dim
         self.dropout = dropout
         self.block_size = block_size
-        self.query_scaling = None
-        self.distance_bias = None
+        self.query_scaling = query_scaling
+        self.distance_bias = distance_bias
         self.cp_mesh = None
         if isinstance(positions, nn.Module):
             raise ValueError(f"positions must be called with head_dim to give a module, such as XPOS, got {positions}")

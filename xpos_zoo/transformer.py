@@ -14,7 +14,7 @@ from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
 from xpos_zoo.attention import MultiHeadAttention, plan_layers
-from xpos_zoo.bias import QueryScaling
+from xpos_zoo.bias import DistanceBias, QueryScaling
 from xpos_zoo.cache import KeyValueCache, LayerCache
 from xpos_zoo.checks import require_integers, require_sizes
 from xpos_zoo.plan import Plan
@@ -93,8 +93,8 @@ class Transformer(nn.Module):
     Args:
         vocab_size, embed_dim, num_layers, num_heads: sizes.
         num_kv_heads, head_dim: see `MultiHeadAttention`.
-        positions, block_size, query_scaling: see there; for all layers, or a list with one for each (local layers, with
-            a small block, and global ones).
+        positions, block_size, query_scaling, distance_bias: see there; for all layers, or a list with one for each
+            (local layers, with a small block, and global ones).
         hidden_dim: width of the feed-forward network; by default 8/3 embed_dim, rounded up to a multiple of 32.
         dropout: probability of dropping an attention weight, and a feature before it joins the residual stream.
         tie_embeddings: whether the output projection is the embedding's transpose.
@@ -116,6 +116,7 @@ class Transformer(nn.Module):
         positions: Positions | list[Positions] = XPOS,
         block_size: int | list[int | None] | None = None,
         query_scaling: QueryScaling | list[QueryScaling | None] | None = None,
+        distance_bias: DistanceBias | list[DistanceBias | None] | None = None,
         hidden_dim: int | None = None,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
@@ -133,12 +134,12 @@ class Transformer(nn.Module):
             DecoderLayer(MultiHeadAttention(embed_dim, num_heads, positions=own, **options), hidden_dim, dropout)
             for own in each_layer("positions", positions, num_layers)
         )
-        self.block_size, self.query_scaling = block_size, query_scaling
         self.norm = nn.RMSNorm(embed_dim, NORM_EPS)
         self.head = nn.Linear(embed_dim, vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
         self.reset_parameters()
+        self.block_size, self.query_scaling, self.distance_bias = block_size, query_scaling, distance_bias
         self.to(device, dtype)
 
     def reset_parameters(self) -> None:
@@ -188,11 +189,7 @@ class Transformer(nn.Module):
     @classmethod
     def from_config(cls, config: TransformerConfig) -> Self:
         """A fresh model; ValueError or TypeError, as classes raise them, if a value or an argument is wrong."""
-        values = vars(config) | {kind: from_named(kind, getattr(config, kind)) for kind in KNOWN}
-        distance_bias = values.pop("distance_bias")
-        model = cls(**values)
-        model.distance_bias = distance_bias
-        return model
+        return cls(**vars(config) | {kind: from_named(kind, getattr(config, kind)) for kind in KNOWN})
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model to the folder `path`: `config.json` and `model.safetensors`, which hold no code.
