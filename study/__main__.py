@@ -101,7 +101,8 @@ class Study(NamedTuple):
         ours = {PARTIAL: recipes(2 * length, sizes[0])[PARTIAL]}
         longer = self.trainings(ours, first, kind="longer", **trained_longer)
 
-        dense, _, _, bca, *_ = modes = standard_modes(length)
+        modes, task_modes = standard_modes(length), standard_modes(task_length)
+        dense, _, _, bca, *_ = modes
         soft = [standard_modes(length, log_n=c)[1] for c in LOG_N] + [standard_modes(length, tail=p)[2] for p in TAILS]
         used = [mode for mode in modes if mode.name in MODES]
         discount, task_discount = (discounted(each, DISCOUNT) for each in (length, task_length))
@@ -115,10 +116,7 @@ class Study(NamedTuple):
             Measurement("scale_base", scaled, [dense], partial(measure_loss, longest=16)),
             Measurement("context_use", text("xPos", "RoPE", seeds=seeds[:3]), used, measure_context_use),
             Measurement(
-                "recall",
-                task("cosine", "xPos", "RoPE", seeds=seeds[:3], **COSINE),
-                standard_modes(task_length),
-                measure_recall,
+                "recall", task("cosine", "xPos", "RoPE", seeds=seeds[:3], **COSINE), task_modes, measure_recall
             ),
             Measurement("recipes_loss", text(*HEADLINE), [dense], measure_loss),
             Measurement("recipes_loss", text(PARTIAL), [discount], measure_loss),

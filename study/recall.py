@@ -12,6 +12,7 @@ one of them to the token before: a skill that a model learns late and all of a s
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import NormalDist
@@ -166,22 +167,19 @@ class RecallData(L.LightningDataModule):
         self.vocab_size = VOCAB_SIZE
 
     def train_dataloader(self) -> DataLoader:
-        options = self.options
-        batches = RandomBatches.of_training(self.trainer, NUMBERS, options.batch_size, options.seed)
-        return DataLoader(self._windows("train", NUMBERS), num_workers=options.num_workers, batch_sampler=batches)
+        batches = RandomBatches.of_training(self.trainer, NUMBERS, self.options.batch_size, self.options.seed)
+        return self._loader("train", NUMBERS, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader:
-        return self._held_out("val")
+        return self._loader("val", self.options.val_windows, batch_size=self.options.batch_size)
 
     def test_dataloader(self) -> DataLoader:
-        return self._held_out("test")
+        return self._loader("test", self.options.val_windows, batch_size=self.options.batch_size)
 
-    def _held_out(self, split: str) -> DataLoader:
-        windows = self._windows(split, self.options.val_windows)
-        return DataLoader(windows, self.options.batch_size, num_workers=self.options.num_workers)
-
-    def _windows(self, split: str, count: int) -> RecallWindows:
-        return RecallWindows(self.options.context_length, self.options.couples, split, count, self.options.looks)
+    def _loader(self, split: str, count: int, **batches: Any) -> DataLoader:
+        options = self.options
+        windows = RecallWindows(options.context_length, options.couples, split, count, options.looks)
+        return DataLoader(windows, num_workers=options.num_workers, **batches)
 
 
 # --- accuracy by distance --------------------------------------------------------------------------------------------
@@ -276,9 +274,7 @@ def wilson(right: int, count: int, confidence: float = 0.95) -> tuple[float, flo
     return max(0.0, min(low, share)), min(1.0, max(high, share))  # which rounding may push past the share
 
 
-def main(args: list[str] | None = None) -> None:
-    train(args, RecallData, "python -m study.recall")
-
+main = partial(train, data=RecallData, prog="python -m study.recall")
 
 if __name__ == "__main__":
     main()

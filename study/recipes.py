@@ -1,7 +1,4 @@
-"""Which models are compared: how layers tell positions, and what their logits become, as options of `fit`.
-
-They are named as tables name them (`train.runs.encoding_of`).
-"""
+"""Which models are compared, by the names that tables have: how they tell positions and logits, as options of `fit`."""
 
 from itertools import product
 from typing import Any
@@ -39,12 +36,8 @@ def hybrids(length: int, num_heads: int, num_layers: int) -> dict[str, Options]:
     """Layers that differ: local ones of xPos, blockwise, below one global layer; and all pairs below partial xPos."""
     known, below = recipes(length, num_heads), num_layers - 1
     pairs = [module("XPOS")] * below + [known[PARTIAL]["positions"]]
-    found = {
-        f"partial xPos in the last of {num_layers} layers, xPos below, ScaleInvariant": {
-            **known[PARTIAL],
-            "positions": pairs,
-        }
-    }
+    all_see_all = f"partial xPos in the last of {num_layers} layers, xPos below, ScaleInvariant"
+    found = {all_see_all: known[PARTIAL] | {"positions": pairs}}
     for size, name in product((length // 8, length // 4), ("no positions, ScalableSoftmax", PARTIAL)):
         options = {"block_size": [size] * below + [None], "positions": [module("XPOS")] * below}
         options["positions"] += [known[name]["positions"]]

@@ -25,30 +25,17 @@ DOCUMENT = ROOT / "docs" / "extrapolation.md"
 MARKED = re.compile(r"(?<=<!-- table: )([\w-]+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
 
 
-def where(results: Results, query: str) -> Results:
-    """The results with some of their losses."""
-    return replace(results, tables={"loss": results.tables["loss"].query(query)})
+def from_length(make: Callable[[Results], str], kind: str | None = None) -> Callable[[Results], str]:
+    """The table at L and beyond, of all recipes or of the headline's, of hybrids, of ablations or of all others."""
 
-
-def of_seeds_that_all_have(frame: Any) -> Any:
-    counts = frame[["seed", "encoding", "label"]].drop_duplicates()["seed"].value_counts()
-    return frame[frame["seed"].map(counts) == counts.max()]
-
-
-def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable[[Results], str]:
-    """The table of the headline's recipes, of hybrids, of ablations or of all others, from L on."""
-
-    def kind_of(recipe: str) -> str:
-        if recipe in HEADLINE:
-            return "headline"
-        return "ablation" if recipe in ablations(1) else "hybrid" if "layers" in recipe else "other"
+    def is_shown(recipe: str) -> bool:
+        of = "ablation" if recipe in ablations(1) else "hybrid" if "layers" in recipe else "other"
+        return kind in (None, "headline" if recipe in HEADLINE else of)
 
     def some(results: Results) -> str:
+        name, at = ("loss", "context") if "loss" in results.tables else ("right", "distance")
         frame = results.tables[name]
-        shown = frame[frame["encoding"].map(kind_of) == kind]
-        if make is not recall_by_seed:  # a mean wants the same seeds
-            shown = of_seeds_that_all_have(shown)
-        shown = shown[shown["context" if "context" in shown else "distance"] >= results.length]
+        shown = frame[frame["encoding"].map(is_shown) & (frame[at] >= results.length)]
         if shown.empty:
             return "not measured yet"
         label = shown["label"].str.removeprefix("dense").str.removeprefix(", ")
@@ -57,6 +44,11 @@ def recipes_of(kind: str, name: str, make: Callable[[Results], str]) -> Callable
         return make(replace(results, tables={name: shown.assign(label=label)}))
 
     return some
+
+
+def of_seeds_that_all_have(frame: Any) -> Any:
+    counts = frame[["seed", "encoding", "label"]].drop_duplicates()["seed"].value_counts()
+    return frame[frame["seed"].map(counts) == counts.max()]
 
 
 def recipes_far(results: Results) -> str:
@@ -107,31 +99,28 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "matrix": ("loss", loss_table),
     "paper": ("loss", lambda results: perplexity_table(results, "chunked")),
     "encodings": ("encodings", loss_table),
-    "softness": ("softness", lambda results: rise_table(where(results, f"context >= {results.length}"))),
-    "scale-base": ("scale_base", lambda results: loss_table(where(results, f"context >= {results.length}"))),
+    "softness": ("softness", from_length(rise_table)),
+    "scale-base": ("scale_base", from_length(loss_table)),
     "far": ("context_use", far_table),
     "occurrence": ("context_use", occurrence_table),
     "resolution": ("context_use", resolution_table),
     "recall": ("recall", recall_table),
-    "long-thresholds": (
-        "recipes_loss",
-        recipes_of("headline", "loss", lambda results: listed(verdicts(results, LONG_THRESHOLDS))),
-    ),
+    "long-thresholds": ("recipes_loss", lambda results: listed(verdicts(results, LONG_THRESHOLDS))),
     "recall-thresholds": ("recipes_recall", lambda results: listed(recall_verdicts(results))),
-    "recipes": ("recipes_loss", recipes_of("headline", "loss", loss_table)),
-    "recipes-rise": ("recipes_loss", recipes_of("headline", "loss", rise_table)),
-    "longer": ("longer", lambda results: loss_table(where(results, f"context >= {results.length}"))),
-    "recipes-other": ("recipes_loss", recipes_of("other", "loss", loss_table)),
-    "hybrids": ("recipes_loss", recipes_of("hybrid", "loss", loss_table)),
-    "ablations": ("recipes_loss", recipes_of("ablation", "loss", loss_table)),
-    "recipes-recall": ("recipes_recall", recipes_of("headline", "right", recall_table)),
-    "recipes-recall-by-seed": ("recipes_recall", recipes_of("headline", "right", recall_by_seed)),
-    "cosine-recall-by-seed": ("recall_cosine", recipes_of("headline", "right", recall_by_seed)),
-    "recipes-recall-other": ("recall_cosine", recipes_of("other", "right", recall_table)),
-    "hybrids-recall": ("recall_cosine", recipes_of("hybrid", "right", recall_table)),
-    "ablations-recall": ("recall_cosine", recipes_of("ablation", "right", recall_table)),
+    "recipes": ("recipes_loss", from_length(loss_table, "headline")),
+    "recipes-rise": ("recipes_loss", from_length(rise_table, "headline")),
+    "longer": ("longer", from_length(loss_table)),
+    "recipes-other": ("recipes_loss", from_length(loss_table, "other")),
+    "hybrids": ("recipes_loss", from_length(loss_table, "hybrid")),
+    "ablations": ("recipes_loss", from_length(loss_table, "ablation")),
+    "recipes-recall": ("recipes_recall", from_length(recall_table, "headline")),
+    "recipes-recall-by-seed": ("recipes_recall", from_length(recall_by_seed, "headline")),
+    "cosine-recall-by-seed": ("recall_cosine", from_length(recall_by_seed, "headline")),
+    "recipes-recall-other": ("recall_cosine", from_length(recall_table, "other")),
+    "hybrids-recall": ("recall_cosine", from_length(recall_table, "hybrid")),
+    "ablations-recall": ("recall_cosine", from_length(recall_table, "ablation")),
     "two-looks-thresholds": ("two_looks", lambda results: listed(two_looks_verdicts(results))),
-    "two-looks": ("two_looks", recipes_of("headline", "right", recall_by_seed)),
+    "two-looks": ("two_looks", from_length(recall_by_seed, "headline")),
     "recipes-far": ("recipes_use", recipes_far),
     "recall-by-seed": ("recall", recall_by_seed),
 }
@@ -179,11 +168,12 @@ def plot_recall(results: Results) -> sns.FacetGrid:
 
 def plot_long(loss: Results, recall: Results) -> sns.FacetGrid:
     """Loss and recall side by side, of RoPE, xPos and what is recommended."""
+    on_text, recalled = "loss on text, nats a byte", "recall, right answers in %"
     parts = [
-        loss.tables["loss"].assign(x=lambda f: f["context"] / loss.length, y=lambda f: f["loss"], label=LOSS),
+        loss.tables["loss"].assign(x=lambda f: f["context"] / loss.length, y=lambda f: f["loss"], label=on_text),
         recall.tables["right"]
         .query("distractors == 'growing'")
-        .assign(x=lambda f: f["distance"] / recall.length, y=lambda f: 100 * f["right"] / f["asked"], label=RECALL),
+        .assign(x=lambda f: f["distance"] / recall.length, y=lambda f: 100 * f["right"] / f["asked"], label=recalled),
     ]
     frame = pd.concat(parts, ignore_index=True).query("encoding in @HEADLINE[:3] and mode == 'dense' and x <= 64")
     grid = panels(frame, "x", "y", 1, "", facet_kws={"sharey": False}, height=3.2)
@@ -195,21 +185,12 @@ def plot_attention(use: Results) -> sns.FacetGrid:
     shown = (PARTIAL, P_ROPE, "xPos")
     frame = of_seeds_that_all_have(use.tables["attention"].query(f"encoding in {shown}")).query("seed == seed.min()")
     frame = frame.assign(distance=frame["distance"].clip(lower=0.5) / use.length, share=100 * frame["share"])
-    options: dict[str, Any] = {
-        "col": "layer",
-        "row": "encoding",
-        "row_order": shown,
-        "units": "head",
-        "estimator": None,
-    }
-    grid = sns.relplot(frame, x="distance", y="share", kind="line", color="C0", height=2, aspect=1.4, **options)
+    by: dict[str, Any] = {"col": "layer", "row": "encoding", "row_order": shown, "units": "head", "estimator": None}
+    grid = sns.relplot(frame, x="distance", y="share", kind="line", color="C0", height=2, aspect=1.4, **by)
     grid.set_titles("{row_name}, layer {col_name}").refline(x=1, color="black", linestyle="-")
     for axes in grid.axes.flat:
         axes.set_xscale("log", base=2)
     return grid.set_axis_labels("distance / L, in octaves", "attention, %")
-
-
-LOSS, RECALL = "loss on text, nats a byte", "recall, right answers in %"
 
 
 def lines(name: str, x: str, y: str, ylabel: str) -> Callable[[Results], sns.FacetGrid]:

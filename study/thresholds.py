@@ -124,9 +124,7 @@ XPOS, ROPE, BCA, RECOMPUTE = ("xPos", "dense"), ("RoPE", "dense"), ("xPos", "BCA
 OPEN = "open context, with {} xPos dense is within 0.1 nats of L up to 32 L, where RoPE is above 1 nat"
 FLAT = "flat, xPos BCA is within +0.02 nats of L up to 64 L (upper end of the interval)"
 FAIR = "fair win, from L to 4 L xPos BCA rises more than RoPE BCA by"
-NO_WORSE = (
-    "no worse than recompute, xPos BCA is up to 64 L within 0.01 nats of recomputing the last L at a stride of L/2"
-)
+BAR = "no worse than recompute, xPos BCA is up to 64 L within 0.01 nats of recomputing the last L at a stride of L/2"
 COLLAPSE = "collapse, RoPE dense at 4 L is at least 1 nat above L"
 THRESHOLDS = [
     Threshold(COLLAPSE, (ROPE,), 4, 4, rise_at(ROPE, 4, lambda x: x >= 1)),
@@ -137,7 +135,7 @@ THRESHOLDS = [
         for name, mode in (("log-n scaling", "log-n"), ("a soft tail", "tail"))
     ),
     Threshold(FAIR, (BCA, ("RoPE", "BCA")), 4, 4, fair_win),
-    Threshold(NO_WORSE, (BCA, RECOMPUTE), 2, 64, recompute),
+    Threshold(BAR, (BCA, RECOMPUTE), 2, 64, recompute),
 ]
 
 CALLED = {"dense": PARTIAL, "discount": f"{PARTIAL}, discount {DISCOUNT:g}"}  # by mode: as trained, and what came last

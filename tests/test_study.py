@@ -1,4 +1,4 @@
-"""The study: thresholds, documents that agree with the results, what is trained and measured, and the demo."""
+"""The study: thresholds, documents that agree with the results, and what is trained and measured."""
 
 import itertools
 import json
@@ -13,14 +13,12 @@ import yaml
 from tiny import changed_run, complaint_of
 
 import study.__main__ as study_main
-import study.demo
 import study.tables
 from study.recipes import P_ROPE, PARTIAL
 from study.tables import DOCUMENT, MARKED, PLOTS, RESULTS, TABLES, filled
-from study.thresholds import LONG_THRESHOLDS, THRESHOLDS, recall_verdicts, two_looks_verdicts, verdicts
+from study.thresholds import LONG_THRESHOLDS, recall_verdicts, two_looks_verdicts, verdicts
 from train.errors import command
-from train.extrapolate import extrapolate
-from train.measure import Results, read_cells, results_of, save_plot, write_cells
+from train.measure import Results, read_cells, results_of, write_cells
 
 L = 16
 MODES = ("dense", "log-n", "tail", "BCA", "recompute")
@@ -245,22 +243,3 @@ def test_a_wrong_argument_is_told_in_one_line(small, capfd):
         (["--size", "huge"], "huge"),
     ):
         assert message in complaint_of(partial(command, study_main.study), args, capfd)
-
-
-@pytest.mark.slow
-def test_the_demo_trains_both_encodings_and_prints_table_and_thresholds(runs, tmp_path, monkeypatch, capsys):
-    commands: list[list[str]] = []
-    (tmp_path / "runs").symlink_to(runs)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study.demo, "train", commands.append)
-    monkeypatch.setattr(study.demo, "extrapolate", partial(extrapolate, longest=4, output=str(tmp_path / "out")))
-    study.demo.demo()
-    assert [command[:3] for command in commands] == [
-        ["fit", "--config", f"configs/{name}.yaml"] for name in ("xpos", "rotary")
-    ]
-    printed = capsys.readouterr().out
-    assert all(threshold.claim in printed for threshold in THRESHOLDS)
-    assert printed.count("| xPos, ") == 4
-    measured = results_of(*read_cells(tmp_path / "out" / "results.json"))
-    for name in ("extrapolation", "by_position"):
-        save_plot(PLOTS[name][1](measured), tmp_path / f"{name}.png")
