@@ -28,6 +28,7 @@ from xpos_zoo import XPOS
 
 SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {  # context length, batch size, model
     "demo": (128, 16, {"embed_dim": 128, "num_layers": 4, "num_heads": 4}),
+    "demo-1024": (1024, 2, {"embed_dim": 128, "num_layers": 4, "num_heads": 4}),
     "124M": (1024, 16, {"embed_dim": 768, "num_layers": 16, "num_heads": 12}),
 }
 
@@ -103,6 +104,8 @@ def main() -> None:
     torch.manual_seed(0)
     make = partial(LanguageModel, length, **model, compile=options.device == "cuda", warmup_steps=1)
     plain, recipe = make(), make(partial(XPOS, max_wavelength=length), distance_bias={"name": "ScaleInvariant"})
+    for module in (plain, recipe):
+        module.configure_model()
     contenders = {
         "lightning": (lightning_round, plain),
         "bare": (bare_round, plain),

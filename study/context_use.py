@@ -44,7 +44,9 @@ def far_versions(windows: Tensor, names: list[str], length: int) -> dict[str, Te
     """
     count = len(names)
     if len(set(names)) < 2:
-        raise UserError(f"windows must come from two documents, for one's text replaces the other's, got {names[0]}")
+        raise UserError(
+            f"windows must come from two documents or more, for one's text replaces the other's, got {names[0]}"
+        )
     other = [next(j % count for j in range(i, i + count) if names[j % count] != names[i]) for i in range(count)]
     far, near = windows[:, : -length - 1], windows[:, -length - 1 :]
     generator = torch.Generator().manual_seed(0)

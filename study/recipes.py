@@ -1,4 +1,4 @@
-"""Which models are compared, by the names that tables have: how they tell positions and logits, as options of `fit`."""
+"""Which models are compared, as options of `fit`: positions, and what logits become, by `train.runs.encoding_of`."""
 
 from itertools import product
 from typing import Any

@@ -18,6 +18,7 @@ from train.measure import Results, by_window, estimate, in_lengths
 Line = tuple[str, str]  # an encoding in a mode
 Losses = dict[Line, dict[float, pd.DataFrame]]  # `by_window`, by context in trained lengths
 Figures = tuple[float, float, float]  # a mean and its 95 % interval
+MEAN, UPPER = 0, 2  # of these
 Judge = Callable[[Losses], tuple[bool | None, str]]  # whether the claim held, None if it only reports; the figure
 
 
@@ -58,16 +59,19 @@ def rises(losses: Losses, line: Line, reach: int = 64) -> dict[float, Figures]:
     return {multiple: estimate(of[multiple] - of[1]) for multiple in sorted(of) if 1 < multiple <= reach}
 
 
-def highest(found: dict[float, Figures], by: int) -> tuple[float, str]:
-    """The highest mean (0) or upper end (2) of all contexts, and how it is told."""
-    multiple = max(found, key=lambda multiple: found[multiple][by])
-    return found[multiple][by], f"at most {nats(found[multiple], 4)}, at {multiple:g} L"
+def highest(found: dict[float, Figures], part: int) -> tuple[float, str]:
+    """The highest mean or upper end of all contexts, and where it is."""
+    multiple = max(found, key=lambda multiple: found[multiple][part])
+    return found[multiple][part], f"at most {nats(found[multiple], 4)}, at {multiple:g} L"
 
 
-def below(differences: dict[str, pd.DataFrame]) -> tuple[bool, str]:
-    """Whether all are below 0 with their whole intervals, and how they are told."""
-    found = {name: estimate(each) for name, each in differences.items()}
-    return all(each[2] < 0 for each in found.values()), ", ".join(f"{nats(f, 4)} {name}" for name, f in found.items())
+def in_words(found: dict[str, Figures]) -> str:
+    return ", ".join(f"{nats(figures, 4)} {name}" for name, figures in found.items())
+
+
+def below(found: dict[str, Figures]) -> tuple[bool, str]:
+    """Whether all are below 0 with their whole intervals."""
+    return all(figures[UPPER] < 0 for figures in found.values()), in_words(found)
 
 
 def rise_at(line: Line, multiple: int, holds: Callable[[float], bool]) -> Judge:
@@ -79,7 +83,7 @@ def rise_at(line: Line, multiple: int, holds: Callable[[float], bool]) -> Judge:
 
 
 def flat(losses: Losses) -> tuple[bool, str]:
-    rise, told = highest(rises(losses, BCA), by=2)
+    rise, told = highest(rises(losses, BCA), UPPER)
     return rise <= 0.02, told
 
 
@@ -97,34 +101,37 @@ def fair_win(losses: Losses) -> tuple[None, str]:
 
 def recompute(losses: Losses) -> tuple[bool, str]:
     ours, theirs = losses[BCA], losses[RECOMPUTE]
-    worst, told = highest({m: estimate(ours[m] - theirs[m]) for m in sorted(ours) if 1 < m <= 64}, by=0)
+    worst, told = highest({m: estimate(ours[m] - theirs[m]) for m in sorted(ours) if 1 < m <= 64}, MEAN)
     return worst <= 0.01, told
 
 
 def stays(mode: str, losses: Losses) -> tuple[bool, str]:
-    (near, told), (far, told_far) = (highest(rises(losses, (PARTIAL, mode), reach), by=2) for reach in (16, 64))
+    (near, told), (far, told_far) = (highest(rises(losses, (PARTIAL, mode), reach), UPPER) for reach in (16, 64))
     return near <= 0.01 and far <= 0.02, "; ".join(dict.fromkeys((told, told_far)))
 
 
 def lower_at_length(losses: Losses) -> tuple[bool, str]:
-    return below({f"of {other[0]}": losses[OURS][1] - losses[other][1] for other in (ROPE, XPOS)})
+    return below({f"of {other[0]}": estimate(losses[OURS][1] - losses[other][1]) for other in (ROPE, XPOS)})
 
 
 def helps(mode: str, losses: Losses) -> tuple[bool, str]:
     ours = losses[PARTIAL, mode]
-    return below({f"at {multiple} L": ours[multiple] - ours[1] for multiple in (2, 8)})
+    return below({f"at {multiple} L": estimate(ours[multiple] - ours[1]) for multiple in (2, 8)})
 
 
 def decay(losses: Losses) -> tuple[None, str]:
     ours, theirs = losses[OURS], losses[P_ROPE, "dense"]
-    return None, below({f"nats at {name}": ours[m] - theirs[m] for name, m in (("L", 1), ("8 L", 8), ("64 L", 64))})[1]
+    at = {"nats at L": 1, "nats at 8 L": 8, "nats at 64 L": 64}
+    return None, in_words({name: estimate(ours[multiple] - theirs[multiple]) for name, multiple in at.items()})
 
 
 XPOS, ROPE, BCA, RECOMPUTE = ("xPos", "dense"), ("RoPE", "dense"), ("xPos", "BCA"), ("xPos", "recompute")
 OPEN = "open context, with {} xPos dense is within 0.1 nats of L up to 32 L, where RoPE is above 1 nat"
 FLAT = "flat, xPos BCA is within +0.02 nats of L up to 64 L (upper end of the interval)"
 FAIR = "fair win, from L to 4 L xPos BCA rises more than RoPE BCA by"
-BAR = "no worse than recompute, xPos BCA is up to 64 L within 0.01 nats of recomputing the last L at a stride of L/2"
+NO_WORSE = (
+    "no worse than recompute, xPos BCA is up to 64 L within 0.01 nats of recomputing the last L at a stride of L/2"
+)
 COLLAPSE = "collapse, RoPE dense at 4 L is at least 1 nat above L"
 THRESHOLDS = [
     Threshold(COLLAPSE, (ROPE,), 4, 4, rise_at(ROPE, 4, lambda x: x >= 1)),
@@ -135,7 +142,7 @@ THRESHOLDS = [
         for name, mode in (("log-n scaling", "log-n"), ("a soft tail", "tail"))
     ),
     Threshold(FAIR, (BCA, ("RoPE", "BCA")), 4, 4, fair_win),
-    Threshold(BAR, (BCA, RECOMPUTE), 2, 64, recompute),
+    Threshold(NO_WORSE, (BCA, RECOMPUTE), 2, 64, recompute),
 ]
 
 CALLED = {"dense": PARTIAL, "discount": f"{PARTIAL}, discount {DISCOUNT:g}"}  # by mode: as trained, and what came last

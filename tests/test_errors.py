@@ -60,8 +60,9 @@ CASES = [
     (lambda: block(32, 5), "embed_dim must be divisible by num_heads=5, got 32; or give head_dim"),
     (lambda: block(num_kv_heads=3), "num_kv_heads must divide num_heads=4, got 3"),
     (lambda: block(block_size=0), "block_size must be above 0 and an integer, or None for dense attention, got 0"),
-    (lambda: block(query_scaling=0.2), "query_scaling must be callable, such as a LogNScaling, or None, got 0.2"),  # type: ignore[arg-type]
-    (lambda: block(distance_bias=0.2), "distance_bias must be callable, such as a SoftTail, or None, got 0.2"),  # type: ignore[arg-type]
+    (lambda: block(query_scaling=0.2), "query_scaling must be callable, such as LogNScaling"),  # type: ignore[arg-type]
+    (lambda: block(distance_bias=0.2), "distance_bias must be callable, such as ScaleInvariant(), or None, got 0.2"),  # type: ignore[arg-type]
+    (lambda: block(distance_bias=ScaleInvariant), "distance_bias must be callable, such as ScaleInvariant(), or None"),
     (lambda: block(positions=XPOS(8)), "positions must be called with head_dim to give a module"),
     (lambda: block(positions=lambda d: RotaryEmbedding(6)), "positions must give a PositionModule with a rate"),
     (lambda: block(dropout=math.nan), "dropout must be in [0, 1), got nan"),

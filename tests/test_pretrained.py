@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, ScalableSoftmax, ScaleInvariant, Transformer, TransformerConfig
+from xpos_zoo import (
+    XPOS,
+    LogNScaling,
+    RotaryEmbedding,
+    ScalableSoftmax,
+    ScaleInvariant,
+    SoftTail,
+    Transformer,
+    TransformerConfig,
+)
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -27,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "positions": [partial(XPOS, scale_base=7), RotaryEmbedding],
         "block_size": [4, None],
         "query_scaling": [ScalableSoftmax(9), LogNScaling(0.5, 7)],
+        "distance_bias": [SoftTail(2.0, 9), None],
     },
 }
 
@@ -42,7 +52,7 @@ def dtypes(model: torch.nn.Module) -> dict[str, torch.dtype]:
 
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
 def test_a_model_that_is_saved_and_loaded_gives_the_same_logits_bit_for_bit(options, tmp_path):
-    model = make(**options, distance_bias=ScaleInvariant(5.0))
+    model = make(**{"distance_bias": ScaleInvariant(5.0)} | options)
     model.save_pretrained(tmp_path / "model")
     loaded = Transformer.from_pretrained(tmp_path / "model")
     assert loaded.config == model.config

@@ -7,6 +7,7 @@ import torch
 from reference import (
     DTYPES,
     Encoding,
+    LearnedBias,
     assert_as_exact,
     attention,
     double,
@@ -68,7 +69,7 @@ def test_logits_and_gradients_are_those_of_the_documented_architecture(options, 
     assert_as_exact((results(Transformer.__call__, transformer), exact, plain), 2, Encoding(), dtype)
 
 
-def test_block_size_temperature_and_bias_reach_every_layer():
+def test_block_size_query_scaling_and_bias_reach_every_layer():
     plain, words = model(3), tokens(2, 20)
     settings = {"block_size": 7, "query_scaling": LogNScaling(0.5, 5), "distance_bias": SoftTail(2.0, 5)}
     transformer = model(3, **settings)
@@ -80,6 +81,17 @@ def test_block_size_temperature_and_bias_reach_every_layer():
         setattr(plain, name, value)
     assert torch.equal(plain(words), with_all)
     assert torch.equal(transformer(words), model(3)(words))
+
+
+def test_a_learned_bias_is_its_layers_own_and_keeps_its_values():
+    learned = LearnedBias()
+    values = learned.table.detach().clone()
+    for biases in ([learned, None], torch.nn.ModuleList([learned, LearnedBias()])):
+        transformer = model(2, distance_bias=biases)
+        assert transformer.distance_bias == list(biases)
+        assert torch.equal(transformer.state_dict()["layers.0.attention.distance_bias.table"], values)
+        (gradient,) = gradients(transformer(tokens(2, 20)), normal(1, 2, 20, 50), [learned.table])
+        assert gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("silent", ["feed_forward.down_proj", "attention.out_proj"])

@@ -21,6 +21,8 @@ from xpos_zoo.plan import Padding, Pattern, Plan, Tokens, make_plan
 from xpos_zoo.rotary import PositionModule
 from xpos_zoo.xpos import XPOS
 
+EXAMPLES = {"query_scaling": "LogNScaling(0.2, 1024)", "distance_bias": "ScaleInvariant()"}
+
 
 class MultiHeadAttention(nn.Module):
     """Causal self-attention on `embed_dim` features with relative positions, dense or blockwise, at any length.
@@ -36,7 +38,8 @@ class MultiHeadAttention(nn.Module):
         block_size: None for dense causal attention; an integer for blockwise causal attention in blocks of that size.
         query_scaling: None, or a `QueryScaling` by the number of keys seen: `LogNScaling`, `ScalableSoftmax`.
         distance_bias: None, or a `DistanceBias`: `ScaleInvariant`, `SoftTail`; a module's parameters are trained with
-            the others. Attention is then masked, 1024 queries at a time; training keeps all masks.
+            the others. On CUDA FlexAttention takes it, but for dropout and float64. Elsewhere attention is masked, or
+            plain products with a gain, some queries at a time, and training keeps all masks or scores.
         bias: whether the projections have biases.
         dropout: probability of dropping an attention weight in training.
         device, dtype: where the module goes, and as what, once it is made.
@@ -93,7 +96,6 @@ class MultiHeadAttention(nn.Module):
         self.dropout = dropout
         self.block_size = block_size
         self.query_scaling = query_scaling
-        self.distance_bias = distance_bias
         self.cp_mesh = None
         if isinstance(positions, nn.Module):
             raise ValueError(f"positions must be called with head_dim to give a module, such as XPOS, got {positions}")
@@ -102,6 +104,7 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+        self.distance_bias = distance_bias
         self.to(device, dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -109,15 +112,12 @@ class MultiHeadAttention(nn.Module):
             value = as_integer("block_size", value, allowed="above 0 and an integer, or None for dense attention")
         if name == "positions" and (not isinstance(value, PositionModule) or len(value.rates) != self.head_dim // 2):
             raise ValueError(f"positions must give a PositionModule with a rate for each pair, got {value}")
-        if name == "query_scaling" and not (value is None or callable(value)):
-            raise ValueError(f"query_scaling must be callable, such as a LogNScaling, or None, got {value!r}")
+        if name in EXAMPLES and value is not None and (isinstance(value, type) or not callable(value)):
+            raise ValueError(f"{name} must be callable, such as {EXAMPLES[name]}, or None, got {value!r}")
         if name == "cp_mesh" and value is not None and not (isinstance(value, DeviceMesh) and value.ndim == 1):
             raise ValueError(f"cp_mesh must be a DeviceMesh of one dimension, or None, got {value!r}")
-        if name == "distance_bias":
-            if value is not None and not callable(value):
-                raise ValueError(f"distance_bias must be callable, such as a SoftTail, or None, got {value!r}")
-            if name in dict(self.named_children()):  # torch lets nothing but a module take a module's place
-                delattr(self, name)
+        if name == "distance_bias" and name in dict(self.named_children()):
+            delattr(self, name)  # torch lets nothing but a module take a module's place
         super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:

@@ -24,7 +24,8 @@ class DistanceBias(Protocol):
     """A function of how far a key lies before a query, added to their scaled score before the softmax.
 
     `distance`, query's position minus key's, holds integers (b, 1, n, m), at least 0 wherever the query may look. The
-    bias is float32 and broadcasts against (b, h, n, m); minus infinity hides a key.
+    bias is float32 and broadcasts against (b, h, n, m); minus infinity hides a key. It must be hashable, as functions
+    and modules are: equal ones share a forward's plan.
 
     One that has a method `gain(distance)`, too, of the same shapes, has the scaled score multiplied by it before: at
     distance t a score S becomes gain_t S + bias_t.

@@ -36,7 +36,7 @@ Named = dict[str, Any]  # the "name" of one of these, and its arguments but for 
 class TransformerConfig:
     """All that says what a `Transformer` is but for its weights, in plain values that JSON can hold.
 
-    The attributes are the arguments of `Transformer`. Positions, query_scaling and distance_bias name a class of the
+    The attributes are arguments of `Transformer`. Positions, query_scaling and distance_bias name a class of the
     library, with its arguments: {"name": "SoftTail", "power": 2, "trained_length": 128}. They and block_size are lists
     where layers differ. `Transformer.from_config` checks all values.
     """

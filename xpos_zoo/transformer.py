@@ -60,7 +60,7 @@ Positions = Callable[[int], PositionModule]
 
 def each_layer(name: str, value: Any, num_layers: int) -> list[Any]:
     """The value of each layer: a list has one for each, anything else is every layer's."""
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, (list, tuple, nn.ModuleList)):
         return [value] * num_layers
     if len(value) != num_layers:
         raise ValueError(f"{name} must be one for all layers or a list of {num_layers}, got a list of {len(value)}")
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         vocab_size, embed_dim, num_layers, num_heads: sizes.
         num_kv_heads, head_dim: see `MultiHeadAttention`.
         positions, block_size, query_scaling, distance_bias: see there; for all layers, or a list with one for each
-            (local layers, with a small block, and global ones).
+            (local layers, with a small block, and global ones). Layers share a bias that is one module.
         hidden_dim: width of the feed-forward network; by default 8/3 embed_dim, rounded up to a multiple of 32.
         dropout: probability of dropping an attention weight, and a feature before it joins the residual stream.
         tie_embeddings: whether the output projection is the embedding's transpose.
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         if tie_embeddings:
             self.head.weight = self.embedding.weight
         self.reset_parameters()
-        self.block_size, self.query_scaling, self.distance_bias = block_size, query_scaling, distance_bias
+        self.block_size, self.query_scaling, self.distance_bias = block_size, query_scaling, distance_bias  # as given
         self.to(device, dtype)
 
     def reset_parameters(self) -> None:
