@@ -166,8 +166,10 @@ class Window:
     ) -> tuple[Tensor | None, Tensor | None]:
         """What is added to the logits of some queries and keys, (b, h, n, m): a bias, minus infinity where unseen; and
         what they are multiplied by before. None for what attention does without."""
-        if self.mask is not None or not self.masked:
-            return self.mask, self.gain
+        if not self.masked:
+            return None, None
+        if self.mask is not None:
+            return self.mask[..., rows, keys], None if self.gain is None else self.gain[..., rows, keys]
         q_at, k_at = self.q_at[..., rows], self.k_at[..., keys]
         q_ids = None if self.q_ids is None else self.q_ids[..., rows]
         k_ids = None if self.k_ids is None else self.k_ids[..., keys]
@@ -195,16 +197,16 @@ class Window:
 
         return modified
 
-    def with_mask(self, pattern: Pattern, dtype: torch.dtype, chunk: int) -> "Window":
-        """With mask and gain, if all queries go at once (for all chunks they are n x m) and no layer has its own."""
+    def with_mask(self, pattern: Pattern, dtype: torch.dtype) -> "Window":
+        """With mask and gain, if no layer has its own and they, which are n x m, are not too large to be kept."""
         if not self.masked or pattern.learned:
             return self
         if flexible(pattern, self.q_at.shape[-1], self.q_at.device, dtype):
             return self.with_tables(pattern)
-        if self.q_at.shape[-1] > chunk:
+        if self.q_at.shape[-1] > QUERY_CHUNK:
             return self
         mask, gain = self.logits_by_distance(slice(None), slice(None), pattern, dtype)
-        return replace(self, mask=mask, gain=gain)
+        return replace(self, mask=mask, gain=None if gain is None else torch.broadcast_tensors(gain, mask)[0])
 
     def with_tables(self, pattern: Pattern) -> "Window":
         distance = torch.arange(self.k_at.shape[-1], device=self.k_at.device)  # none that counts is farther
@@ -274,11 +276,9 @@ def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) ->
     """Queries on all keys before them: those that come with them, or a cache's."""
     n, positions, ids, q_at = tokens.n, pattern.positions, tokens.document_ids, tokens.positions
     masked = pattern.biased or ids is not None or cache is not None
-    plain = (
-        n > QUERY_CHUNK and not torch.compiler.is_compiling() and not flexible(pattern, n, tokens.device, tokens.dtype)
-    )
-    gained = plain and any(hasattr(bias, "gain") for bias in pattern.biases)
-    limit = GAINED_CHUNK if gained else QUERY_CHUNK  # a graph would hold every chunk
+    gained = any(hasattr(bias, "gain") for bias in pattern.biases)
+    fused = torch.compiler.is_compiling() or flexible(pattern, n, tokens.device, tokens.dtype)
+    limit = GAINED_CHUNK if gained and not fused else QUERY_CHUNK  # a graph would hold every chunk
     if cache is None:
         k_at, p = q_at, part_size(positions)
     else:
@@ -293,7 +293,7 @@ def plan_sequence(pattern: Pattern, tokens: Tokens, cache: LayerCache | None) ->
         k_table = make_table(pattern, q_at % p, tokens)
         part_at = torch.arange(0, k_at.shape[-1], p, device=tokens.device)
         shifts = shift_tables(pattern, tokens, part_at - tokens.first, n, chunk)
-    window = Window(q_at, k_at, ids, ids, shifts, masked).with_mask(pattern, tokens.dtype, chunk)
+    window = Window(q_at, k_at, ids, ids, shifts, masked).with_mask(pattern, tokens.dtype)
     slots = None if cache is None else make_slots(tokens, cache, k_table)
     return Plan(scaled(q_table, pattern, q_at), k_table, (window,), chunk, p, slots)
 
@@ -339,7 +339,7 @@ def plan_blocks(pattern: Pattern, tokens: Tokens, w: int, cache: LayerCache | No
         k_ids = torch.cat((ids[:, :-1], ids[:, 1:]), dim=-1).flatten(0, 1)
     first = Window(at[:w], at[:w], first_ids, first_ids, first_shifts, must_mask or (masked and chunk < w))
     rest = Window(at[w:], at, rest_ids, k_ids, shifts, masked)
-    both = first.with_mask(pattern, tokens.dtype, chunk), rest.with_mask(pattern, tokens.dtype, chunk)
+    both = first.with_mask(pattern, tokens.dtype), rest.with_mask(pattern, tokens.dtype)
     q_table = scaled(q_table, pattern, rearrange(q_at, "... (j w) -> ... j w", w=w))
     return Plan(q_table, k_table, both, chunk, p, slots)
 
@@ -354,7 +354,7 @@ def plan_token(pattern: Pattern, tokens: Tokens, cache: LayerCache) -> Plan:
     versions = (q_at - k_at[:, ::p]).clamp(min=0)
     both = make_table(pattern, torch.cat((versions, q_at % p), dim=1), tokens)
     q_table, k_table = (None, None) if both is None else (both[:, :, :-1], both[:, :, -1:])
-    window = Window(q_at, k_at).with_mask(pattern, tokens.dtype, 1)
+    window = Window(q_at, k_at).with_mask(pattern, tokens.dtype)
     return Plan(scaled(q_table, pattern, q_at), k_table, (window,), 1, p, make_slots(tokens, cache, k_table))
 
 
