@@ -15,10 +15,12 @@ import pytest
 import torch
 from tiny import LAST, complaint_of, options, snapshot, write_corpus
 
-from train import export, sample
 from train.__main__ import main
+from train.errors import command
+from train.export import export
+from train.sample import sample
 
-complaint = partial(complaint_of, main)
+complaint, sampling = partial(complaint_of, main), partial(command, sample)
 MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
 
 
@@ -156,13 +158,13 @@ def test_a_damaged_checkpoint(damage, message, trained, tmp_path, capfd):
     checkpoint.write_bytes((trained / LAST).read_bytes())
     damage(checkpoint)
     before = snapshot(tmp_path)
-    for command, args in (
+    for work, args in (
         (main, ["fit", *options(tmp_path / "home", checkpoint=checkpoint)]),
         (main, ["test", *options(tmp_path / "home", checkpoint=checkpoint)]),
-        (sample.main, ["--checkpoint", str(checkpoint)]),
-        (export.main, ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "exported")]),
+        (sampling, ["--checkpoint", str(checkpoint)]),
+        (partial(command, export), ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "exported")]),
     ):
-        line = complaint_of(command, args, capfd)
+        line = complaint_of(work, args, capfd)
         assert str(checkpoint) in line
         assert message in line
     assert before.items() <= snapshot(tmp_path).items()
@@ -180,8 +182,8 @@ def test_a_damaged_checkpoint(damage, message, trained, tmp_path, capfd):
     ],
 )
 def test_a_checkpoint_of_another_model(changes, message, trained, tmp_path, capfd):
-    for command in ("fit", "test"):
-        assert message in complaint([command, *options(tmp_path, checkpoint=trained, **changes)], capfd)
+    for work in ("fit", "test"):
+        assert message in complaint([work, *options(tmp_path, checkpoint=trained, **changes)], capfd)
     assert not (tmp_path / "runs").exists()
 
 
@@ -220,4 +222,4 @@ def test_no_option_calls_what_it_was_not_made_for(place, name, form, tmp_path, c
 def test_a_wrong_sample(args, message, trained, capfd):
     if args[1] == "\udc80" and sys.platform == "win32":
         pytest.skip("Windows' arguments are UTF-16")
-    assert message in complaint_of(sample.main, ["--checkpoint", str(trained), *args], capfd)
+    assert message in complaint_of(sampling, ["--checkpoint", str(trained), *args], capfd)

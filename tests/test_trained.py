@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from tiny import (
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from train import export, sample
 from train.__main__ import main
 from train.callbacks import training_flops
 from train.checkpoint import FREE
-from train.errors import UserError
+from train.errors import UserError, command
+from train.export import export
 from train.language_model import LanguageModel
 from train.runs import find_runs
+from train.sample import sample
 from xpos_zoo import XPOS, RotaryEmbedding, Transformer
 
 TOKENS = torch.randint(256, (2, 140), generator=torch.Generator().manual_seed(0))
@@ -52,7 +54,7 @@ def of_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sampled(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     capsys.readouterr()
-    sample.main([str(arg) for arg in args])
+    command(sample, [str(arg) for arg in args])
     return capsys.readouterr().out
 
 
@@ -103,7 +105,7 @@ def test_a_reader_that_has_had_enough_ends_the_text_without_a_word(trained):
 
 
 def exported(run: Path, folder: Path, *args: str) -> Transformer:
-    export.main([f"--checkpoint={run}", f"--output={folder}", *args])
+    command(export, [f"--checkpoint={run}", f"--output={folder}", *args])
     return Transformer.from_pretrained(folder)
 
 
@@ -122,7 +124,7 @@ def test_an_exported_model_is_sampled_and_measured_as_its_run(trained, tmp_path,
     capsys.readouterr()
     texts = []
     for where in (trained, tmp_path / "a"):
-        sample.main([f"--checkpoint={where}", "--seed=1", "--max_new_tokens=40"])
+        command(sample, [f"--checkpoint={where}", "--seed=1", "--max_new_tokens=40"])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     (run,), (ours,) = find_runs([trained]), find_runs([tmp_path / "a"])
@@ -136,7 +138,7 @@ def test_an_exported_model_is_sampled_and_measured_as_its_run(trained, tmp_path,
 def test_the_block_size_can_be_set_and_nothing_is_overwritten_unasked(trained, tmp_path, capfd):
     assert exported(trained, tmp_path / "a", "--block_size=8").block_size == 8
     before = snapshot(tmp_path)
-    line = complaint_of(export.main, [f"--checkpoint={trained}", f"--output={tmp_path / 'a'}"], capfd)
+    line = complaint_of(partial(command, export), [f"--checkpoint={trained}", f"--output={tmp_path / 'a'}"], capfd)
     assert line == f"{tmp_path / 'a' / 'tokenizer.json'} exists; give another path, or --overwrite true"
     assert snapshot(tmp_path) == before
     assert exported(trained, tmp_path / "a", "--block_size=0", "--overwrite=true").block_size is None

@@ -150,8 +150,6 @@ class Split(Sequence[Document]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
         start, stop = int(self.starts[index]), int(self.stops[index] - self.whole[index])
         return Document(self.corpus.names[int(self.rows[index])].as_py(), self.corpus.read(start, stop))
 
@@ -290,12 +288,8 @@ class TextData(L.LightningDataModule):
         self.source = Source(None if paths is None else tuple(paths), options, field, id_field)
         self.tokenizer = read_tokenizer(tokenizer)
         self.vocab_size = vocabulary_size(self.tokenizer)
+        self.unit = "byte" if is_bytes(self.tokenizer) else "token"  # what a token is called
         self.separator = separator(self.tokenizer) if separate_documents else None
-
-    @property
-    def unit(self) -> str:
-        """What a token is called."""
-        return "byte" if is_bytes(self.tokenizer) else "token"
 
     @cached_property
     def corpus(self) -> Corpus:

@@ -1,6 +1,5 @@
 """`python -m train.export --checkpoint runs/xpos/seed1 --output mine/`: a model for `Transformer.from_pretrained`."""
 
-from functools import partial
 from pathlib import Path
 
 from train.checkpoint import find_checkpoint, load_checkpoint, tokenizer_json_in, write_trained
@@ -45,8 +44,5 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
     print(f"{output}: a {trained} model of {sum(p.numel() for p in model.parameters()):,} weights from {path}")
 
 
-main = partial(command, export)
-
-
 if __name__ == "__main__":
-    main()
+    command(export)

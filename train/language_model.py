@@ -60,7 +60,7 @@ class LanguageModel(L.LightningModule):
         vocab_size: how many tokens there are; the data's own.
 
     Raises:
-        UserError: a size or rate is out of range, or positions give no `PositionModule`.
+        ValueError: a size or rate is out of range, or positions give no `PositionModule`.
     """
 
     def __init__(
@@ -96,27 +96,19 @@ class LanguageModel(L.LightningModule):
         self.save_hyperparameters()
         self.options: Any = self.hparams
         self.seed = torch.initial_seed()  # of dropout
-        own_scale_base = context_length / 2 if scale_base is None else scale_base
-        many = isinstance(positions, (list, tuple))
-        makers = [partial(make_positions, make, own_scale_base) for make in (positions if many else [positions])]
-        try:
-            self.transformer = Transformer(
-                vocab_size,
-                embed_dim,
-                num_layers,
-                num_heads,
-                num_kv_heads=num_kv_heads,
-                positions=makers if many else makers[0],
-                block_size=block_size,
-                query_scaling=from_named("query_scaling", query_scaling),
-                distance_bias=from_named("distance_bias", distance_bias),
-                hidden_dim=hidden_dim,
-                dropout=dropout,
-            )
-        except UserError:
-            raise
-        except (ValueError, TypeError) as error:
-            raise UserError(f"model: {error}") from error
+        self.transformer = Transformer(
+            vocab_size,
+            embed_dim,
+            num_layers,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            positions=positions,
+            block_size=block_size,
+            query_scaling=from_named("query_scaling", query_scaling),
+            distance_bias=from_named("distance_bias", distance_bias),
+            hidden_dim=hidden_dim,
+            dropout=dropout,
+        )
         for attention in self.transformer.attentions:
             blocks = context_parallel_size * (attention.block_size or context_length + 1)  # dense, none fits
             if context_parallel_size > 1 and context_length % blocks:
@@ -128,7 +120,12 @@ class LanguageModel(L.LightningModule):
                 heads = bias(torch.zeros(1, 1, 1, 1, dtype=torch.int64)).shape[-3]
                 if heads not in (1, num_heads):
                     raise UserError(f"model.num_heads is {num_heads}, but a distance bias is made for {heads}")
-        if any(isinstance(attention.positions, XPOS) for attention in self.transformer.attentions):
+        xpos = [each.positions for each in self.transformer.attentions if isinstance(each.positions, XPOS)]
+        own_scale_base = context_length / 2 if scale_base is None else scale_base
+        for module in xpos:
+            if module.scale_base == UNSET_SCALE_BASE:
+                module.scale_base = own_scale_base
+        if xpos:
             self.hparams["scale_base"] = own_scale_base  # what a checkpoint of another length was trained with
         elif scale_base is not None:
             raise UserError(f"model.scale_base is {scale_base:g}, but no layer has XPOS")
@@ -236,16 +233,6 @@ class LanguageModel(L.LightningModule):
                     "checkpoint is from before that; try a lower model.learning_rate or trainer.gradient_clip_val, "
                     "under a --name of its own"
                 )
-
-
-def make_positions(make: Positions, scale_base: float, head_dim: int) -> PositionModule:
-    """A position module; an XPOS that has the library's default scale_base gets this one."""
-    made = make(head_dim)
-    if not isinstance(made, PositionModule):
-        raise UserError(f"model.positions must give an xpos_zoo.PositionModule, got {type(made).__name__}")
-    if isinstance(made, XPOS) and made.scale_base == UNSET_SCALE_BASE:
-        made.scale_base = scale_base
-    return made
 
 
 def schedule_factor(schedule: Schedule, warmup: int, steps: int, step: int) -> float:

@@ -1,6 +1,5 @@
 """`python -m train.sample --checkpoint runs/xpos/seed1 --prompt "def "`: text from a trained model, as it comes."""
 
-from functools import partial
 from itertools import chain, islice
 
 import torch
@@ -57,10 +56,8 @@ def sample(
         raise UserError(f"prompt must have at least one token, got {prompt!r}")
     model = load_model(path, device)
     try:
-        far = [attention.query_scaling is not None or attention.pattern.biased for attention in model.attentions]
-        default = [
-            each.block_size or (None if keeps else half) for each, keeps in zip(model.attentions, far, strict=True)
-        ]
+        far = [None if each.query_scaling is not None or each.pattern.biased else half for each in model.attentions]
+        default = [each.block_size or own for each, own in zip(model.attentions, far, strict=True)]
         model.block_size = default if block_size is None else block_size or None
         stream = model.stream(
             torch.tensor([begin], device=device),
@@ -82,8 +79,5 @@ def sample(
     print()
 
 
-main = partial(command, sample)
-
-
 if __name__ == "__main__":
-    main()
+    command(sample)
