@@ -168,6 +168,14 @@ def test_the_document_holds_every_table_and_plot_as_the_results_have_it():
         assert all(cell["commit"] for cell in read_cells(path)[1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_panel_of_every_plot_shows_something(plot):
+    names, make = PLOTS[plot]
+    grid = make(*(results_of(*read_cells(RESULTS / f"{name}.json")) for name in names))
+    assert all(axes.has_data() for axes in grid.axes.flat)
+
+
 def test_the_trainer_never_imports_the_study():
     for path in (study.tables.ROOT / "train").glob("*.py"):
         assert not re.search(r"^\s*(from|import) study\b", path.read_text(), re.MULTILINE), path
