@@ -123,8 +123,8 @@ class Study(NamedTuple):
             Measurement("recipes_recall", task("", *HEADLINE), [dense], far),
             Measurement("recipes_recall", task("", PARTIAL), [task_discount], far),
             Measurement("longer", longer, [dense], partial(measure_loss, length=length)),
-            Measurement("two_looks", task("two_looks", *HEADLINE[:3], **TWO_LOOKS), [dense], twice),
-            Measurement("two_looks", task("two_looks", PARTIAL, **TWO_LOOKS), [task_discount], twice),
+            Measurement("two_looks", task("two_looks", "RoPE", "xPos", seeds=seeds[:2], **TWO_LOOKS), [dense], twice),
+            Measurement("two_looks", task("two_looks", PARTIAL, **TWO_LOOKS), [dense, task_discount], twice),
             Measurement("recipes_use", text(*HEADLINE), [dense], measure_context_use),
             Measurement("recipes_loss", text(*others, seeds=first), [dense], measure_loss),
             Measurement("recall_cosine", task("cosine", *HEADLINE, **COSINE), [dense], far),
@@ -156,7 +156,7 @@ def study(
         size: of models, data and trainings: that of configs/cpu.yaml or configs/gpu.yaml.
         output: folder for trainings.
         results: folder for a JSON file a measurement. The documents are made from study/results alone.
-        seeds: of the main recipes; the first three of the matrix, the first of all other trainings.
+        seeds: of the main recipes; the first three of the matrix, the first one or two of all other trainings.
         paths: text to train on, as `data.paths` has it; by default the source of Python's standard library.
         only: measurements to make, such as loss or recall; by default all.
 
