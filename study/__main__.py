@@ -159,9 +159,6 @@ def study(
         seeds: of the main recipes; the first three of the matrix, the first one or two of all other trainings.
         paths: text to train on, as `data.paths` has it; by default the source of Python's standard library.
         only: measurements to make, such as loss or recall; by default all.
-
-    Raises:
-        UserError: a seed is given twice or none is, or there is no such measurement.
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds must be different ones, one at least, got {seeds}")

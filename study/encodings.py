@@ -26,12 +26,7 @@ class NoPositions(PositionModule):
 class ALiBi(NoPositions):
     """Attention with linear biases (Press et al. 2022): head h's logits fall by slope_h a position of distance.
 
-    Args:
-        head_dim: channels of a head; even.
-        num_heads: query heads, the model's own.
-
-    Raises:
-        ValueError: num_heads is not positive.
+    `num_heads` is the model's own; ValueError if it is not positive.
     """
 
     def __init__(self, head_dim: int, *, num_heads: int):

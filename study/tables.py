@@ -46,15 +46,6 @@ def from_length(make: Callable[[Results], str], kind: str | None = None) -> Call
     return some
 
 
-def of_seeds_that_all_have(frame: Any) -> Any:
-    counts = frame[["seed", "encoding", "label"]].drop_duplicates()["seed"].value_counts()
-    return frame[frame["seed"].map(counts) == counts.max()]
-
-
-def recipes_far(results: Results) -> str:
-    return far_table(replace(results, tables={"far": of_seeds_that_all_have(results.tables["far"])}))
-
-
 def occurrence_table(results: Results) -> str:
     frame = results.tables["occurrence"]
     first = frame["distance"]
@@ -121,7 +112,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "ablations-recall": ("recall_cosine", from_length(recall_table, "ablation")),
     "two-looks-thresholds": ("two_looks", lambda results: listed(two_looks_verdicts(results))),
     "two-looks": ("two_looks", from_length(recall_by_seed, "headline")),
-    "recipes-far": ("recipes_use", recipes_far),
+    "recipes-far": ("recipes_use", far_table),
     "recall-by-seed": ("recall", recall_by_seed),
 }
 
@@ -183,7 +174,7 @@ def plot_long(loss: Results, recall: Results) -> sns.FacetGrid:
 def plot_attention(use: Results) -> sns.FacetGrid:
     """Where each head attends from the end of the longest window, of one seed: a line a head, a panel a layer."""
     shown = (PARTIAL, P_ROPE, "xPos")
-    frame = of_seeds_that_all_have(use.tables["attention"].query(f"encoding in {shown}")).query("seed == seed.min()")
+    frame = use.tables["attention"].query(f"encoding in {shown} and seed == seed.min()")
     frame = frame.assign(distance=frame["distance"].clip(lower=0.5) / use.length, share=100 * frame["share"])
     by: dict[str, Any] = {"col": "layer", "row": "encoding", "row_order": shown, "units": "head", "estimator": None}
     grid = sns.relplot(frame, x="distance", y="share", kind="line", color="C0", height=2, aspect=1.4, **by)
