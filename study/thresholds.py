@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from operator import attrgetter
 from typing import NamedTuple
 
 import pandas as pd
 
 from study.recipes import DISCOUNT, P_ROPE, PARTIAL
-from train.measure import Results, by_window, estimate, in_lengths
+from train.measure import Estimate, Results, by_window, estimate, in_lengths
 
 Line = tuple[str, str]  # an encoding in a mode
 Losses = dict[Line, dict[float, pd.DataFrame]]  # `by_window`, by context in trained lengths
-Figures = tuple[float, float, float]  # a mean and its 95 % interval
-MEAN, UPPER = 0, 2  # of these
+mean, upper = attrgetter("mean"), attrgetter("high")  # of an estimate
 Judge = Callable[[Losses], tuple[bool | None, str]]  # whether the claim held, None if it only reports; the figure
 
 
@@ -49,49 +49,49 @@ class Threshold(NamedTuple):
         return f"{'met' if met else 'MISSED'}: {self.claim}: {figure}"
 
 
-def nats(figures: Figures, digits: int = 3) -> str:
+def nats(figures: Estimate, digits: int = 3) -> str:
     return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*figures, d=digits)
 
 
-def rises(losses: Losses, line: Line, reach: int = 64) -> dict[float, Figures]:
+def rises(losses: Losses, line: Line, reach: int = 64) -> dict[float, Estimate]:
     """From L to each context above it, up to `reach` L."""
     of = losses[line]
     return {multiple: estimate(of[multiple] - of[1]) for multiple in sorted(of) if 1 < multiple <= reach}
 
 
-def highest(found: dict[float, Figures], part: int) -> tuple[float, str]:
+def highest(found: dict[float, Estimate], part: Callable[[Estimate], float]) -> tuple[float, str]:
     """The highest mean or upper end of all contexts, and where it is."""
-    multiple = max(found, key=lambda multiple: found[multiple][part])
-    return found[multiple][part], f"at most {nats(found[multiple], 4)}, at {multiple:g} L"
+    multiple = max(found, key=lambda multiple: part(found[multiple]))
+    return part(found[multiple]), f"at most {nats(found[multiple], 4)}, at {multiple:g} L"
 
 
-def in_words(found: dict[str, Figures]) -> str:
+def in_words(found: dict[str, Estimate]) -> str:
     return ", ".join(f"{nats(figures, 4)} {name}" for name, figures in found.items())
 
 
-def below(found: dict[str, Figures]) -> tuple[bool, str]:
+def below(found: dict[str, Estimate]) -> tuple[bool, str]:
     """Whether all are below 0 with their whole intervals."""
-    return all(figures[UPPER] < 0 for figures in found.values()), in_words(found)
+    return all(figures.high < 0 for figures in found.values()), in_words(found)
 
 
 def rise_at(line: Line, multiple: int, holds: Callable[[float], bool]) -> Judge:
     def judge(losses: Losses) -> tuple[bool, str]:
         rise = rises(losses, line, multiple)[multiple]
-        return holds(rise[0]), nats(rise)
+        return holds(rise.mean), nats(rise)
 
     return judge
 
 
 def flat(losses: Losses) -> tuple[bool, str]:
-    rise, told = highest(rises(losses, BCA), UPPER)
+    rise, told = highest(rises(losses, BCA), upper)
     return rise <= 0.02, told
 
 
 def open_context(mode: str, losses: Losses) -> tuple[bool, str]:
     xpos, rope = (rises(losses, (encoding, mode), 32) for encoding in ("xPos", "RoPE"))
     worst, farthest = max(xpos.values()), max(xpos)
-    collapsed = rope[farthest][0] > 1 or farthest < 32  # not asked before
-    return worst[0] <= 0.1 and collapsed, f"xPos at most {nats(worst)}, RoPE {nats(rope[farthest])}"
+    collapsed = rope[farthest].mean > 1 or farthest < 32  # not asked before
+    return worst.mean <= 0.1 and collapsed, f"xPos at most {nats(worst)}, RoPE {nats(rope[farthest])}"
 
 
 def fair_win(losses: Losses) -> tuple[None, str]:
@@ -101,12 +101,12 @@ def fair_win(losses: Losses) -> tuple[None, str]:
 
 def recompute(losses: Losses) -> tuple[bool, str]:
     ours, theirs = losses[BCA], losses[RECOMPUTE]
-    worst, told = highest({m: estimate(ours[m] - theirs[m]) for m in sorted(ours) if 1 < m <= 64}, MEAN)
+    worst, told = highest({m: estimate(ours[m] - theirs[m]) for m in sorted(ours) if 1 < m <= 64}, mean)
     return worst <= 0.01, told
 
 
 def stays(mode: str, losses: Losses) -> tuple[bool, str]:
-    (near, told), (far, told_far) = (highest(rises(losses, (PARTIAL, mode), reach), UPPER) for reach in (16, 64))
+    (near, told), (far, told_far) = (highest(rises(losses, (PARTIAL, mode), reach), upper) for reach in (16, 64))
     return near <= 0.01 and far <= 0.02, "; ".join(dict.fromkeys((told, told_far)))
 
 

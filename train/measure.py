@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -126,8 +126,16 @@ def by_window(losses: pd.DataFrame) -> pd.DataFrame:
     return losses.pivot(index="seed", columns=["document", "window"], values="loss")
 
 
-def estimate(losses: pd.DataFrame) -> tuple[float, float, float]:
-    """Mean of losses or differences `by_window`, and its 95 % interval by bootstrap over seeds, then documents."""
+class Estimate(NamedTuple):
+    """A mean, and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def estimate(losses: pd.DataFrame) -> Estimate:
+    """Of losses or differences `by_window`; the interval is that of a bootstrap over seeds, then documents."""
     values, names = losses.to_numpy(), losses.columns.get_level_values("document")
     documents, member = np.unique(names, return_inverse=True)
     sums, counts = values @ np.eye(len(documents))[member], np.bincount(member)
@@ -136,7 +144,7 @@ def estimate(losses: pd.DataFrame) -> tuple[float, float, float]:
     chosen = rng.integers(len(documents), size=(REPLICATES, 1, len(documents)))
     means = sums[runs, chosen].sum((1, 2)) / (len(values) * counts[chosen].sum((1, 2)))
     low, high = np.percentile(means, (2.5, 97.5))
-    return float(values.mean()), float(low), float(high)
+    return Estimate(float(values.mean()), float(low), float(high))
 
 
 def octaves(length: int, longest: int) -> list[int]:
