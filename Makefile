@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 
 .PHONY: demo study test soak lint clean
 
-demo: $(VENV)/installed  ## train three recipes, measure them far beyond the trained length, draw the plot
-	for recipe in xpos rotary long; do \
+demo: $(VENV)/installed  ## train xPos and RoPE, measure both far beyond the trained length, draw the plot
+	for recipe in xpos rotary; do \
 	$(BIN)/python -m train fit --config configs/$$recipe.yaml --trainer.devices 1 || exit 1; done
-	$(BIN)/python -m train.extrapolate runs/xpos runs/rotary runs/long --windows 10 --modes '[dense, tail, BCA, recompute]'
+	$(BIN)/python -m train.extrapolate runs/xpos runs/rotary --windows 10 --modes '[dense, tail, BCA, recompute]'
 
 study: $(VENV)/installed  ## all that docs/extrapolation.md reports and study/results lacks: hours from nothing
 	$(BIN)/python -m study $(STUDY)
