@@ -2,8 +2,8 @@
 
 A Lightning trainer and a bare PyTorch loop with plain xPos, and the bare loop with the recipe of configs/long.yaml: the
 same sizes, batches, optimizer and schedule. They take turns for rounds of steps, and median times of a step are
-compared. On a CPU only the ratios mean anything; on a GPU also the rate of operations, as a share of what
-a large matrix product of the same dtype reaches in the same run.
+compared. On a CPU only the ratios mean anything; on a GPU also the rate of operations, as a share of what a large
+matrix product of the same dtype reaches in the same run.
 """
 
 import argparse
