@@ -19,7 +19,7 @@ from study import recall
 from study.context_use import MODES, measure_context_use
 from study.encodings import rescaled_modes
 from study.recall import DISTRACTORS, measure_recall
-from study.recipes import DISCOUNT, HEADLINE, PARTIAL, Options, ablations, hybrids, recipes
+from study.recipes import DISCOUNT, HEADLINE, PARTIAL, Options, ablations, hybrids, recipes, with_qk_norm
 from study.tables import RESULTS, write_document
 from train.__main__ import main as train
 from train.errors import UserError, command
@@ -92,6 +92,9 @@ class Study(NamedTuple):
             return self.trainings({name: on_task[name] for name in names}, seeds, "recall", kind, **more)
 
         others, others_asked = ([name for name in known if name not in HEADLINE] for known in (on_text, on_task))
+        *normed, based = with_qk_norm(length, sizes[0])
+        on_text |= with_qk_norm(length, sizes[0])
+        on_task |= with_qk_norm(task_length, task_sizes[0])
         bases = sorted({length // 8, length // 4, length, 4 * length, 512})  # 512 is the authors'
         other = {f"scale_base {base}": {**on_text["xPos"], "scale_base": base} for base in bases}
         scaled = [text("xPos")[0]._replace(encoding=f"scale_base {length // 2}"), *self.trainings(other, first)]
@@ -122,6 +125,8 @@ class Study(NamedTuple):
             Measurement("recipes_loss", text(PARTIAL), [discount], measure_loss),
             Measurement("recipes_recall", task("", *HEADLINE), [dense], far),
             Measurement("recipes_recall", task("", PARTIAL), [task_discount], far),
+            Measurement("recipes_loss", text(*normed) + text(based, seeds=first), [dense], measure_loss),
+            Measurement("recipes_recall", task("", *normed) + task("", based, seeds=first), [dense], far),
             Measurement("longer", longer, [dense], partial(measure_loss, length=length)),
             Measurement("two_looks", task("two_looks", "RoPE", "xPos", seeds=seeds[:2], **TWO_LOOKS), [dense], twice),
             Measurement("two_looks", task("two_looks", PARTIAL, **TWO_LOOKS), [dense, task_discount], twice),

@@ -9,6 +9,7 @@ PARTIAL = "partial xPos, ScaleInvariant"  # configs/long.yaml
 P_ROPE = "p-RoPE, ScaleInvariant"
 DISCOUNT = 2.0  # set on trained models of the first
 HEADLINE = ("RoPE", "xPos", PARTIAL, P_ROPE, "xPos, ScaleInvariant")
+BASE = 1024  # which the authors of scale-invariant p-RoPE have in effect
 
 
 def recipes(length: int, num_heads: int) -> dict[str, Options]:
@@ -30,6 +31,14 @@ def recipes(length: int, num_heads: int) -> dict[str, Options]:
     return {
         encoding + by: {"positions": positions[encoding], **logits[by]} for encoding, by in product(positions, logits)
     }
+
+
+def with_qk_norm(length: int, num_heads: int) -> dict[str, Options]:
+    """Recipes of the headline with QK-norm, and p-RoPE with another base, too."""
+    known = recipes(length, num_heads)
+    found = {f"{name}, QK-norm": known[name] | {"qk_norm": True} for name in HEADLINE if name != "xPos"}
+    based = {"positions": module("RotaryEmbedding", max_wavelength=length, base=BASE), "qk_norm": True}
+    return found | {f"p-RoPE of base {BASE}, ScaleInvariant, QK-norm": known[P_ROPE] | based}
 
 
 def hybrids(length: int, num_heads: int, num_layers: int) -> dict[str, Options]:

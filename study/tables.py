@@ -26,10 +26,11 @@ MARKED = re.compile(r"(?<=<!-- table: )([\w-]+) -->\n.*?(?=<!-- end -->)", re.DO
 
 
 def from_length(make: Callable[[Results], str], kind: str | None = None) -> Callable[[Results], str]:
-    """The table at L and beyond, of all recipes or of the headline's, of hybrids, of ablations or of all others."""
+    """The table at L and beyond, of all recipes or those of a kind: headline, qk-norm, hybrid, ablation or other."""
 
     def is_shown(recipe: str) -> bool:
         of = "ablation" if recipe in ablations(1) else "hybrid" if "layers" in recipe else "other"
+        of = "qk-norm" if "QK-norm" in recipe else of
         return kind in (None, "headline" if recipe in HEADLINE else of)
 
     def some(results: Results) -> str:
@@ -100,6 +101,9 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "recall-thresholds": ("recipes_recall", lambda results: listed(recall_verdicts(results))),
     "recipes": ("recipes_loss", from_length(loss_table, "headline")),
     "recipes-rise": ("recipes_loss", from_length(rise_table, "headline")),
+    "qk-norm": ("recipes_loss", from_length(loss_table, "qk-norm")),
+    "qk-norm-rise": ("recipes_loss", from_length(rise_table, "qk-norm")),
+    "qk-norm-recall": ("recipes_recall", from_length(recall_by_seed, "qk-norm")),
     "longer": ("longer", from_length(loss_table)),
     "recipes-other": ("recipes_loss", from_length(loss_table, "other")),
     "hybrids": ("recipes_loss", from_length(loss_table, "hybrid")),

@@ -288,6 +288,12 @@ def query_factor(scaling: Any, visible_keys: Tensor) -> Tensor:
     return 1 + scaling.coefficient * torch.log(n / length).clamp(min=0)
 
 
+def rms_norm(x: Tensor, norm: Any) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 at least, rounded once to x's dtype."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (wide.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * norm.weight).to(x.dtype)
+
+
 def projected(
     module: MultiHeadAttention, x: Tensor, document_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Encoding]:
@@ -297,6 +303,8 @@ def projected(
         linear(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
         for linear in (module.q_proj, module.k_proj, module.v_proj)
     )
+    if module.qk_norm:
+        q, k = rms_norm(q, module.q_norm), rms_norm(k, module.k_norm)
     if module.query_scaling is not None:
         q = (q * query_factor(module.query_scaling, mask.sum(-1))[:, None]).to(q.dtype)
     assert isinstance(module.positions, RotaryEmbedding)
@@ -442,9 +450,15 @@ class LearnedBias(nn.Module):
 
 
 def block(embed_dim: int = 32, num_heads: int = 4, **options: Any) -> MultiHeadAttention:
-    """The same weights at every call."""
+    """The same weights at every call; those of norms are no ones."""
     torch.manual_seed(0)
-    return MultiHeadAttention(embed_dim, num_heads, **options)
+    return with_random_norms(MultiHeadAttention(embed_dim, num_heads, **options))
+
+
+def with_random_norms(module: M) -> M:
+    for i, norm in enumerate(each for each in module.modules() if isinstance(each, nn.RMSNorm)):
+        norm.weight.data = 1 + 0.3 * normal(30 + i, *norm.weight.shape, dtype=norm.weight.dtype)
+    return module
 
 
 def model(

@@ -155,6 +155,7 @@ def test_dropout_keeps_the_mean(w, scale_base):
     num_kv_heads=st.sampled_from([4, 2, 1]),
     head_dim=st.sampled_from([2, 6, 16]),
     bias=st.booleans(),
+    qk_norm=st.booleans(),
     positions=st.one_of(st.just(Sloped), *3 * [encodings.map(lambda encoding: encoding.module)]),
     block_size=st.none() | st.integers(1, 20),
     query_scaling=st.none()

@@ -75,6 +75,7 @@ def test_any_pieces_attend_by_the_formula(sizes, block_size, encoding, heads, dt
     options=st.sampled_from(
         [
             {"num_kv_heads": 1},
+            {"num_kv_heads": 2, "qk_norm": True},
             {"positions": Sloped, "distance_bias": SoftTail(2, 5), "query_scaling": LogNScaling(0.5, 10)},
         ]
     ),
@@ -182,7 +183,7 @@ def test_a_state_goes_over_to_another_dtype_but_not_to_other_positions(block_siz
 
 
 def test_a_cache_made_under_autocast_has_its_dtype_and_nothing_a_gradient():
-    module, x = decoder(8).requires_grad_(), normal(0, 2, 30, 32)
+    module, x = decoder(8, qk_norm=True).requires_grad_(), normal(0, 2, 30, 32)
     with torch.autocast("cpu", torch.bfloat16):
         cache = module.make_cache(2)
         actual = torch.cat([module(piece, cache=cache) for piece in x.split([20, 1, 9], dim=1)], 1)

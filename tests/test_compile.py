@@ -115,7 +115,7 @@ def test_in_chunks_there_is_a_graph_for_each_number_of_them(compiler_counts, mon
 @PATTERNS
 def test_the_transformer_trains_in_two_graphs(block_size, compiler_counts):
     calls = [(tokens(2 + n % 3, n),) for n in LENGTHS]
-    check_graphs(model(1, block_size=block_size), calls, compiler_counts, graphs_of(block_size))
+    check_graphs(model(1, block_size=block_size, qk_norm=True), calls, compiler_counts, graphs_of(block_size))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch of itself
@@ -144,6 +144,7 @@ def test_padding_adds_no_graph(block_size, compiler_counts):
 
 
 BIASED = {
+    "qk_norm": True,
     "query_scaling": LogNScaling(0.5, 10),
     "distance_bias": SoftTail(4.0, 10),
     "positions": Sloped,

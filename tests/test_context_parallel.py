@@ -20,7 +20,13 @@ from reference import DTYPES, LearnedBias, Operations, block, difference, double
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.multiprocessing.spawn import spawn
 
 from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, ScaleInvariant, SoftTail
@@ -74,7 +80,8 @@ def outputs_and_all_gradients_of_a_block_are_those_of_one_process(meshes):
         bias = draw([None, None, SoftTail(2.0, 5), ScaleInvariant(3.0), LearnedBias()])
         documents = draw([True, False])
         scaling = None if documents else draw([None, LogNScaling(0.5, 3)])
-        options = {"num_kv_heads": draw([1, 2, 4]), "bias": draw([True, False]), "block_size": w}
+        options = {"num_kv_heads": draw([1, 2, 4]), "block_size": w}
+        options |= {name: draw([True, False]) for name in ("bias", "qk_norm")}
         module = block(32, h, positions=positions, query_scaling=scaling, distance_bias=bias, **options).to(
             draw(DTYPES[:2])
         )
@@ -123,9 +130,10 @@ def ranks_that_share_the_heads_of_a_block_compute_what_one_does(meshes):
     """Tensor parallelism: outputs, gradients, compiled, and from a cache."""
     if dist.get_rank() >= 2:
         return
-    alone = double(block(num_kv_heads=2, block_size=8))
+    alone = double(block(num_kv_heads=2, block_size=8, qk_norm=True))
     split, joined = ColwiseParallel(), RowwiseParallel()
     plan: dict[str, ParallelStyle] = {"q_proj": split, "k_proj": split, "v_proj": split, "out_proj": joined}
+    plan |= dict.fromkeys(("q_norm", "k_norm"), SequenceParallel(sequence_dim=2, use_local_output=True))
     shared: Any = parallelize_module(copy.deepcopy(alone), meshes[2], plan)
     shared.num_kv_heads //= 2  # of its caches
     x, upstream = (normal(i, 2, 40, 32, dtype=torch.float64).requires_grad_() for i in range(2))

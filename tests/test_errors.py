@@ -65,6 +65,7 @@ CASES = [
     (lambda: block(distance_bias=ScaleInvariant), "distance_bias must be callable, such as ScaleInvariant(), or None"),
     (lambda: block(positions=XPOS(8)), "positions must be called with head_dim to give a module"),
     (lambda: block(positions=lambda d: RotaryEmbedding(6)), "positions must give a PositionModule with a rate"),
+    (lambda: block(qk_norm=1), "qk_norm must be True or False, got 1"),
     (lambda: block(dropout=math.nan), "dropout must be in [0, 1), got nan"),
     (lambda: dense(h[0]), "x must have shape (batch, seq_len, embed_dim=32), got (5, 32)"),
     (lambda: dense(h.long()), "x must have the weights' dtype torch.float32, or run under autocast, got"),

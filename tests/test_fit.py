@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from tiny import (
     CONFIGS,
@@ -165,6 +166,7 @@ def unchanged(_: Path) -> None:
     [
         (unchanged, {"model__num_heads": 1}, "model.num_heads: 2 there, 1 here"),
         (unchanged, {"model__positions": "RotaryEmbedding"}, "model.positions.class_path: xpos_zoo.XPOS there, "),
+        (unchanged, {"model__qk_norm": "true"}, "model.qk_norm: False there, True here"),
         (unchanged, {"model__schedule": "linear"}, "model.schedule: cosine there, linear here"),
         (unchanged, {"data__batch_size": 3}, "data.batch_size: 2 there, 3 here"),
         (unchanged, {"trainer__max_steps": 9}, "trainer.max_steps: 8 there, 9 here"),
@@ -181,6 +183,17 @@ def test_a_folder_of_another_run_is_left_alone(edit, changes, message, copy_of_t
     before = snapshot(copy_of_trained / "runs")
     assert message in complaint_of(main, ["fit", *options(copy_of_trained, **changes)], capfd)
     assert snapshot(copy_of_trained / "runs") == before
+
+
+def test_a_run_of_version_0_2_which_knew_no_qk_norm_is_the_run_that_it_was(copy_of_trained, capsys):
+    path = config_of(copy_of_trained)
+    checkpoint = path.parent / LAST
+    config, content = yaml.safe_load(path.read_text()), torch.load(checkpoint, weights_only=True)
+    del config["model"]["qk_norm"], content["hyper_parameters"]["qk_norm"]
+    path.write_text(yaml.safe_dump(config))
+    torch.save(content, checkpoint)
+    fit(copy_of_trained)
+    assert f"{LAST} is finished, with 8 of 8 steps" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_left_as_it_is(copy_of_trained, capsys):

@@ -54,7 +54,7 @@ def test_the_block_is_as_exact(compiler_counts):
         return compiled(module, x)
 
     compiled = torch.compile(MultiHeadAttention.forward, fullgraph=True)
-    module = block(num_kv_heads=2, query_scaling=LogNScaling(0.5, 10), block_size=12)
+    module = block(num_kv_heads=2, qk_norm=True, query_scaling=LogNScaling(0.5, 10), block_size=12)
     for n in (30, 36):  # blocks are full or not
         assert_block_is_exact(module, normal(0, 2, n, 32), run)
 

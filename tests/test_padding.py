@@ -32,6 +32,7 @@ def masks(b: int, most: int, rows: int) -> st.SearchStrategy[list[list[bool]]]:
     documents=st.booleans(),
     num_kv_heads=st.sampled_from([2, 4]),
     bias=st.booleans(),
+    qk_norm=st.booleans(),
 )
 def test_every_row_is_as_alone(padding, scaling, tail, documents, **options):
     module, mask = block(query_scaling=scaling, distance_bias=tail, **options), torch.tensor(padding)

@@ -30,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},
     "half-split": {"positions": partial(XPOS, scale_base=6.1, base=100.0, interleaved=False)},
     "rotary": {"positions": partial(RotaryEmbedding, base=77.7, interleaved=False), "tie_embeddings": False},
+    "QK-norm": {"qk_norm": True},
     "grouped": {"num_kv_heads": 1, "head_dim": 4, "hidden_dim": 24, "dropout": 0.25},
     "partial": {"positions": partial(XPOS, scale_base=7, max_wavelength=30), "block_size": 4},
     "layers that differ": {
@@ -79,9 +80,20 @@ def test_the_configuration_is_plain_and_complete(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     positions = {"name": "XPOS", "scale_base": 64, "base": 10000.0, "max_wavelength": None, "interleaved": True}
     sizes = SIZES | {"hidden_dim": 64, "num_kv_heads": 2, "head_dim": 8, "block_size": 8, "dropout": 0.0}
-    settings = {"positions": positions, "tie_embeddings": True, "query_scaling": None, "distance_bias": None}
+    settings = {
+        "positions": positions,
+        "qk_norm": False,
+        "tie_embeddings": True,
+        "query_scaling": None,
+        "distance_bias": None,
+    }
     assert config == {"model_type": "xpos_zoo", "version": 3} | sizes | settings
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_folder_of_version_0_2_is_of_a_model_without_qk_norm(tmp_path):
+    make().save_pretrained(tmp_path)
+    assert Transformer.from_pretrained(rewritten(tmp_path, qk_norm=...)).config.qk_norm is False
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -169,6 +181,8 @@ def reweighted(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
         (partial(rewritten, positions={"name": "os.system"}), "config.json: positions must be a mapping with the name"),
         (partial(rewritten, positions={"name": "XPOS", "scale": 3}), "unexpected keyword argument 'scale'"),
         (partial(rewritten, distance_bias={"name": "eval"}), "distance_bias must be a mapping with the name SoftTail"),
+        (partial(rewritten, qk_norm=1), "config.json: qk_norm must be True or False, got 1"),
+        (partial(rewritten, qk_norm=True), 'Missing key(s) in state_dict: "layers.0.attention.q_norm.weight"'),
         (partial(rewritten, hidden_dim=32), "size mismatch for layers.0.feed_forward.gate_proj.weight"),
         (partial(reweighted, change=lambda w: w.pop("norm.weight")), 'Missing key(s) in state_dict: "norm.weight"'),
         (partial(reweighted, change=lambda w: w["layers.0.attention.positions.scale"].mul_(2)), "scale must be (i / "),

@@ -14,7 +14,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from train.callbacks import ProgressBar, SampleText, Throughput
-from train.checkpoint import FREE, CheckpointFiles, difference, find_checkpoint, last_checkpoint_of, load_checkpoint
+from train.checkpoint import (
+    ADDED,
+    FREE,
+    CheckpointFiles,
+    difference,
+    find_checkpoint,
+    last_checkpoint_of,
+    load_checkpoint,
+)
 from train.data import TextData
 from train.errors import UserError, errors_in_one_line
 from train.files import replacing
@@ -171,7 +179,7 @@ class RunCLI(LightningCLI):
         """The checkpoint, which is one of this model, though it may have been trained otherwise."""
         checkpoint = load_checkpoint(path)
         free, both = TRAINING | LENGTHS, (checkpoint["hyper_parameters"], self.model.hparams)
-        there, here = ({k: v for k, v in each.items() if k not in free} for each in both)
+        there, here = (ADDED | {k: v for k, v in each.items() if k not in free} for each in both)
         if changed := difference(there, here, "model"):
             raise UserError(f"{path} belongs to another model: {changed}")
         return checkpoint
@@ -189,6 +197,7 @@ class RunCLI(LightningCLI):
 def what_counts(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that its numbers depend on."""
     counts = {group: {k: v for k, v in config[group].items() if k not in FREE} for group in ("model", "data")}
+    counts["model"] = ADDED | counts["model"]
     trainer = {name: config["trainer"][name] for name in BOUND}
     return counts | {"seed_everything": config["seed_everything"], "trainer": trainer}
 

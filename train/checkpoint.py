@@ -15,6 +15,7 @@ from train.tokens import FILE
 CONTENT = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step"}
 # Options of data and model that change no number, or as much as other devices do.
 FREE = {"num_workers", "cache", "compile", "checkpoint_activations", "context_parallel_size"}
+ADDED = {"qk_norm": False}  # options of the model that runs of earlier versions lack
 EXPORTED = "training.json"  # beside an exported model: what its checkpoint says of its training
 DATA = "TextData"  # what of a checkpoint is the text's
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"

@@ -44,7 +44,7 @@ class LanguageModel(L.LightningModule):
             `RotaryEmbedding`; or a list with one for each layer.
         scale_base: of XPOS: by default half the context length, where the authors' 512 for 1024 puts it. It takes the
             place of the library's default of 512 in `positions`.
-        embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, dropout: see `Transformer`.
+        embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, qk_norm, dropout: see `Transformer`.
         block_size: of blockwise attention, or null for dense; or a list with one for each layer.
         query_scaling: what multiplies queries, likewise: `{name: ScalableSoftmax, trained_length: 128}`.
         distance_bias: what logits become by distance: a class of the library and its arguments, such as
@@ -76,6 +76,7 @@ class LanguageModel(L.LightningModule):
         block_size: int | list[int | None] | None = None,
         query_scaling: Named | list[Named | None] | None = None,
         distance_bias: Named | list[Named | None] | None = None,
+        qk_norm: bool = False,
         dropout: float = 0.0,
         learning_rate: float = 2e-3,
         warmup_steps: int = 100,
@@ -106,6 +107,7 @@ class LanguageModel(L.LightningModule):
             block_size=block_size,
             query_scaling=from_named("query_scaling", query_scaling),
             distance_bias=from_named("distance_bias", distance_bias),
+            qk_norm=qk_norm,
             hidden_dim=hidden_dim,
             dropout=dropout,
         )

@@ -16,7 +16,7 @@ from xpos_zoo import Transformer
 
 # As the literature calls them, and what it calls them if slow pairs are left out.
 ENCODINGS = {"XPOS": ("xPos", "partial xPos"), "RotaryEmbedding": ("RoPE", "p-RoPE"), "NoPositions": ("no positions",)}
-OWN = ("positions", "scale_base", "block_size", "query_scaling", "distance_bias")  # how a model attends
+OWN = ("positions", "scale_base", "block_size", "query_scaling", "distance_bias", "qk_norm")  # how a model attends
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_run(path: Path) -> Run:
     content, weights = load_trained(path), path.with_name("model.safetensors") if path.name == EXPORTED else path
     data = {k: v for k, v in content["datamodule_hyper_parameters"].items() if k != "_instantiator"}
     model = {k: v for k, v in content["hyper_parameters"].items() if k not in FREE | {"_instantiator"}}
-    positions = {name: model.pop(name, None) for name in OWN}
+    positions = {name: model.pop(name, None) or None for name in OWN}
     tokenizer = tokenizer_json_in(content)
     recipe = {"data": {k: v for k, v in data.items() if k not in FREE | {"seed"}}, "model": model}
     recipe |= {"steps": content["global_step"], "tokenizer": hashlib.sha256(str(tokenizer).encode()).hexdigest()[:8]}
@@ -84,8 +84,10 @@ def read_run(path: Path) -> Run:
     return Run(path, encoding, *own, sha256.hexdigest())
 
 
-def encoding_of(positions: Any, query_scaling: Any = None, distance_bias: Any = None, **_: Any) -> str:
-    """What tables call a model that has these in its layers, such as "partial xPos, ScaleInvariant"."""
+def encoding_of(
+    positions: Any, query_scaling: Any = None, distance_bias: Any = None, qk_norm: bool | None = None, **_: Any
+) -> str:
+    """What tables call a model that has these in its layers, such as "partial xPos, ScaleInvariant, QK-norm"."""
 
     def position_module(layer: dict[str, Any]) -> str:
         name, options = str(layer["class_path"]).rpartition(".")[2], layer.get("init_args") or {}
@@ -96,6 +98,7 @@ def encoding_of(positions: Any, query_scaling: Any = None, distance_bias: Any = 
 
     each = [value if isinstance(value, list) else [value] for value in (positions, query_scaling, distance_bias)]
     names = [[position_module(layer) for layer in each[0]], *([logits(v) for v in own if v] for own in each[1:])]
+    names += [["QK-norm"]] if qk_norm else []
     return ", ".join(" and ".join(dict.fromkeys(own)) for own in names if own)
 
 

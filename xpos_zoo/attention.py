@@ -21,7 +21,18 @@ from xpos_zoo.plan import Padding, Pattern, Plan, Tokens, make_plan
 from xpos_zoo.rotary import PositionModule
 from xpos_zoo.xpos import XPOS
 
+NORM_EPS = torch.finfo(torch.float32).eps  # RMSNorm's default, but in float64 too, so that all dtypes compute the same
 EXAMPLES = {"query_scaling": "LogNScaling(0.2, 1024)", "distance_bias": "ScaleInvariant()"}
+
+
+class HeadRMSNorm(nn.RMSNorm):
+    """RMSNorm of each head's channels, x (..., head_dim), computed in the weight's dtype and returned in x's dtype."""
+
+    def __init__(self, head_dim: int):
+        super().__init__(head_dim, NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -40,6 +51,8 @@ class MultiHeadAttention(nn.Module):
         distance_bias: None, or a `DistanceBias`: `ScaleInvariant`, `SoftTail`; a module's parameters are trained with
             the others. On CUDA FlexAttention takes it, but for dropout and float64. Elsewhere attention is masked, or
             plain products with a gain, some queries at a time, and training keeps all masks or scores.
+        qk_norm: whether queries and keys are normalised before they are rotated, by an RMSNorm over head_dim with
+            weights `q_norm` and `k_norm`, as in Qwen3 (Henry et al. 2020, arXiv 2010.04245).
         bias: whether the projections have biases.
         dropout: probability of dropping an attention weight in training.
         device, dtype: where the module goes, and as what, once it is made.
@@ -70,6 +83,7 @@ class MultiHeadAttention(nn.Module):
         block_size: int | None = None,
         query_scaling: QueryScaling | None = None,
         distance_bias: DistanceBias | None = None,
+        qk_norm: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -89,10 +103,13 @@ class MultiHeadAttention(nn.Module):
         head_dim = as_integer("head_dim", head_dim, allowed="even and above 0", even=True)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if not isinstance(qk_norm, bool):
+            raise ValueError(f"qk_norm must be True or False, got {qk_norm!r}")
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.qk_norm = qk_norm
         self.dropout = dropout
         self.block_size = block_size
         self.query_scaling = query_scaling
@@ -104,6 +121,8 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+        self.q_norm = HeadRMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = HeadRMSNorm(head_dim) if qk_norm else nn.Identity()
         self.distance_bias = distance_bias
         self.to(device, dtype)
 
@@ -121,7 +140,8 @@ class MultiHeadAttention(nn.Module):
         super().__setattr__(name, value)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        names = "embed_dim", "num_heads", "num_kv_heads", "head_dim", "block_size", "query_scaling", "distance_bias"
+        sizes = "embed_dim", "num_heads", "num_kv_heads", "head_dim", "block_size"
+        names = *sizes, "query_scaling", "distance_bias", "qk_norm"
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def make_cache(self, batch_size: int, max_length: int | None = None, **options: Any) -> KeyValueCache:
@@ -183,11 +203,11 @@ class MultiHeadAttention(nn.Module):
         assert not isinstance(cache, KeyValueCache)
         if plan.padding is not None:
             x = plan.padding.moved(x)
-        k = rearrange(self.k_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
+        k = self.k_norm(rearrange(self.k_proj(x), "b n (g d) -> b n g d", d=self.head_dim))
         v = rearrange(self.v_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
         # On its way while queries are projected.
         before = None if self.cp_mesh is None else block_before(self.cp_mesh, self.block_size or 0, k, v)
-        q = rearrange(self.q_proj(x), "b n (h d) -> b n h d", d=self.head_dim)
+        q = self.q_norm(rearrange(self.q_proj(x), "b n (h d) -> b n h d", d=self.head_dim))
         if before is not None:
             k, v = joined(before, k, v)
         pattern = self.pattern

@@ -23,6 +23,7 @@ from xpos_zoo.xpos import XPOS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HEADER = {"model_type": "xpos_zoo", "version": 3}
+ADDED = {"qk_norm"}  # keys that folders of earlier versions lack
 # Nothing else is ever made from a configuration: a name in it is looked up here, never imported.
 KNOWN: dict[str, tuple[type, ...]] = {
     "positions": (XPOS, RotaryEmbedding),
@@ -51,6 +52,7 @@ class TransformerConfig:
     block_size: int | list[int | None] | None = None
     query_scaling: Named | list[Named | None] | None = None
     distance_bias: Named | list[Named | None] | None = None
+    qk_norm: bool = False
     hidden_dim: int | None = None
     dropout: float = 0.0
     tie_embeddings: bool = True
@@ -148,7 +150,7 @@ def read_config(file: Path) -> TransformerConfig:
     keys = {field.name for field in dataclasses.fields(TransformerConfig)}
     if "transformers_version" in values:  # it adds keys of its own
         values = {key: value for key, value in values.items() if key in keys}
-    if wrong := sorted(keys ^ values.keys()):
+    if wrong := sorted((keys ^ values.keys()) - ADDED):
         raise ValueError(f"{'lacks' if wrong[0] in keys else 'has an unknown'} {wrong[0]!r}")
     return TransformerConfig(**values)
 

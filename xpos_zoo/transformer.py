@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
-from xpos_zoo.attention import MultiHeadAttention, plan_layers
+from xpos_zoo.attention import NORM_EPS, MultiHeadAttention, plan_layers
 from xpos_zoo.bias import DistanceBias, QueryScaling
 from xpos_zoo.cache import KeyValueCache, LayerCache
 from xpos_zoo.checks import require_integers, require_sizes
@@ -22,8 +22,6 @@ from xpos_zoo.pretrained import KNOWN, TransformerConfig, from_named, read_folde
 from xpos_zoo.rotary import PositionModule
 from xpos_zoo.sampling import check_sampling, sample
 from xpos_zoo.xpos import XPOS
-
-NORM_EPS = torch.finfo(torch.float32).eps  # RMSNorm's default, but in float64 too, so that all dtypes compute the same
 
 
 class FeedForward(nn.Module):
@@ -92,7 +90,7 @@ class Transformer(nn.Module):
 
     Args:
         vocab_size, embed_dim, num_layers, num_heads: sizes.
-        num_kv_heads, head_dim: see `MultiHeadAttention`.
+        num_kv_heads, head_dim, qk_norm: see `MultiHeadAttention`.
         positions, block_size, query_scaling, distance_bias: see there; for all layers, or a list with one for each
             (local layers, with a small block, and global ones). Layers share a bias that is one module.
         hidden_dim: width of the feed-forward network; by default 8/3 embed_dim, rounded up to a multiple of 32.
@@ -117,6 +115,7 @@ class Transformer(nn.Module):
         block_size: int | list[int | None] | None = None,
         query_scaling: QueryScaling | list[QueryScaling | None] | None = None,
         distance_bias: DistanceBias | list[DistanceBias | None] | None = None,
+        qk_norm: bool = False,
         hidden_dim: int | None = None,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
@@ -129,7 +128,8 @@ class Transformer(nn.Module):
         require_sizes(hidden_dim=hidden_dim)
         self.checkpoint_activations = False
         self.embedding = nn.Embedding(vocab_size, embed_dim)
-        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "dropout": dropout}
+        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        options |= {"qk_norm": qk_norm, "dropout": dropout}
         self.layers = nn.ModuleList(
             DecoderLayer(MultiHeadAttention(embed_dim, num_heads, positions=own, **options), hidden_dim, dropout)
             for own in each_layer("positions", positions, num_layers)
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
     def config(self) -> TransformerConfig:
         """All but the weights, for `from_config`; ValueError if that is more than a configuration can say."""
         values: dict[str, Any] = {}
-        for name in ("num_heads", "num_kv_heads", "head_dim", "dropout"):
+        for name in ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "dropout"):
             values[name] = one_or_list([getattr(attention, name) for attention in self.attentions])
             if isinstance(values[name], list):
                 raise ValueError(f"{name} must be the same in all layers to be saved, got {values[name]}")
