@@ -19,8 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import Call, milliseconds, peers, publish, record, training
 from xpos_zoo import XPOS
-from xpos_zoo.attend import attend
-from xpos_zoo.plan import Pattern, Tokens, make_plan
+from xpos_zoo.plan import make_case
+from xpos_zoo.settings import AttentionSettings, BatchLayout
 
 HEADS, HEAD_DIM, BLOCK = 8, 64, 512
 LENGTHS = [2048, 8192, 65536]
@@ -28,11 +28,11 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def ours(xpos: XPOS, block_size: int | None) -> Attention:
-    pattern = Pattern(xpos, block_size)
+    settings = AttentionSettings(xpos, block_size)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        plan = make_plan(pattern, Tokens(len(q), q.shape[1], q.dtype, q.device))
-        return attend(q, k, v, plan, pattern)
+        plan = make_case(settings, BatchLayout(len(q), q.shape[1], q.dtype, q.device), None)
+        return plan.attend(q, k, v, settings, None)
 
     return attention
 

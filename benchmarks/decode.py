@@ -40,7 +40,7 @@ class Decoding:
 
     def ours(self, module: MultiHeadAttention, mode: str | None = None) -> Callable[[], Any]:
         cache = module.make_cache(1, self.position)
-        cache[0].k.copy_(self.keys(cache[0].slots) / 100)
+        cache[0].k.copy_(self.keys(cache[0].num_slots) / 100)
         compiled = torch.compile(module, fullgraph=True, mode=mode)
 
         def step() -> Tensor:

@@ -26,7 +26,8 @@ from train.measure import DEVICE, Results, against, by_window, estimate, measure
 from train.modes import Mode, standard_modes
 from train.runs import Run, find_runs
 from xpos_zoo import MultiHeadAttention, Transformer
-from xpos_zoo.plan import logits_at, sees
+from xpos_zoo.bias import bias_and_gain
+from xpos_zoo.visibility import is_visible
 
 MODES = ("dense", "log-n", "tail", "BCA")
 FAR = ("intact", "shuffled", "replaced")
@@ -99,7 +100,8 @@ def resolution(scores: Tensor) -> Tensor:
 def attention_inputs(model: Transformer, tokens: Tensor) -> list[tuple[MultiHeadAttention, Tensor]]:
     """Each layer's attention, and what it gets for tokens (b, n): (b, n, c)."""
     inputs: list[Tensor] = []
-    hooks = [each.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for each in model.attentions]
+    norms = [layer.attention_norm for layer in model.layers]
+    hooks = [norm.register_forward_hook(lambda *args: inputs.append(args[-1])) for norm in norms]  # type: ignore[union-attr]
     try:
         model(tokens)
     finally:
@@ -154,8 +156,8 @@ def logits_in_chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (b, h, q, m) of chunks of the last queries in x (b, n, c), and their distances (q, m)."""
     n, heads = x.shape[1], attention.num_heads
-    q = rearrange(attention.q_proj(x), "b n (h d) -> b h n d", h=heads)
-    k = rearrange(attention.k_proj(x), "b n (g d) -> b g n d", g=attention.num_kv_heads)
+    q = attention.q_norm(rearrange(attention.q_proj(x), "b n (h d) -> b h n d", h=heads))
+    k = attention.k_norm(rearrange(attention.k_proj(x), "b n (g d) -> b g n d", g=attention.num_kv_heads))
     k = repeat(k, "b g n d -> b (g r) n d", r=heads // attention.num_kv_heads)
     at = torch.arange(n, device=x.device)
     chunk = min(QUERIES_AT_ONCE, attention.positions.max_span(q.dtype))
@@ -163,14 +165,13 @@ def logits_in_chunks(
         end = min(start + chunk, n)
         q_at, k_at = at[start:end], at[:end]
         turned = attention.positions.rotate(q[..., start:end, :], k[..., :end, :], q_at, k_at, (start + end) // 2)
-        distance = q_at[:, None] - k_at
-        bias, gain = logits_at(distance, attention.pattern)
+        distance, visible = q_at[:, None] - k_at, is_visible(q_at[:, None], k_at, attention.block_size)
+        bias, gain = bias_and_gain(attention.distance_bias, distance.clamp(min=0))
         logits = turned[0] @ turned[1].mT / attention.head_dim**0.5
         if attention.query_scaling is not None:
-            seen = sees(q_at, k_at, attention.block_size).sum(-1)
-            logits = logits * attention.query_scaling(seen, logits.dtype)[:, None]
+            logits = logits * attention.query_scaling(visible.sum(-1), logits.dtype)[:, None]
         logits = (logits if gain is None else logits * gain) + bias
-        yield logits.masked_fill(~sees(q_at, k_at, attention.block_size), -torch.inf), distance
+        yield logits.masked_fill(~visible, -torch.inf), distance
 
 
 def measure_context_use(runs: list[Run], modes: list[Mode], path: Path, longest: int = 8, windows: int = 24) -> Results:

@@ -21,16 +21,21 @@ def recipes(length: int, num_heads: int) -> dict[str, Options]:
         "p-RoPE": module("RotaryEmbedding", **slow),
         "partial xPos": module("XPOS", **slow),
         "no positions": module("study.encodings.NoPositions"),
-        "ALiBi": module("study.encodings.ALiBi", num_heads=num_heads),
     }
+    alibi = {"name": "ALiBi", "num_heads": num_heads}
     logits = {
         "": {},
         ", ScalableSoftmax": {"query_scaling": {"name": "ScalableSoftmax", "trained_length": length}},
         ", ScaleInvariant": {"distance_bias": {"name": "ScaleInvariant"}},
     }
-    return {
+    both = module("study.encodings.ALiBiScaleInvariant", num_heads=num_heads)
+    found = {
         encoding + by: {"positions": positions[encoding], **logits[by]} for encoding, by in product(positions, logits)
     }
+    for by, own in logits.items():
+        bias = both if "distance_bias" in own else alibi
+        found["ALiBi" + by] = {"positions": positions["no positions"], **own, "distance_bias": bias}
+    return found
 
 
 def with_qk_norm(length: int, num_heads: int) -> dict[str, Options]:
@@ -69,8 +74,7 @@ def ablations(length: int) -> dict[str, Options]:
     found |= {f"tau {tau}": changed(bias={"tau": tau}) for tau in (3, 30)}
     found |= {f"scale_base {name}": changed(scale_base=n) for name, n in (("L/4", length / 4), ("2 L", 2 * length))}
     for part in ("gain", "bias"):
-        alone = module("study.encodings.PartOfScaleInvariant", max_wavelength=length, part=part)
-        found[f"{part} alone"] = {"positions": alone}
+        found[f"{part} alone"] = changed() | {"distance_bias": module(f"study.encodings.{part.capitalize()}Alone")}
     return found
 
 

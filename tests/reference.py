@@ -71,15 +71,12 @@ class Encoding(NamedTuple):
 
 def encoding_of(module: RotaryEmbedding) -> Encoding:
     scale_base = module.scale_base if isinstance(module, XPOS) else None
-    encoding = Encoding(scale_base, module.base, module.interleaved, module.max_wavelength)
-    return encoding.with_biases(getattr(module, "distance_bias", None))
+    return Encoding(scale_base, module.base, module.interleaved, module.max_wavelength)
 
 
-class Sloped(XPOS):
-    """XPOS with ALiBi's bias for four heads, -slope * distance, which halves can hold at distances below 128."""
-
-    def distance_bias(self, distance: Tensor) -> Tensor:
-        return -distance * torch.tensor([0.5, 0.25, 0.125, 0.0625], device=distance.device)[:, None, None]
+def sloped(distance: Tensor) -> Tensor:
+    """ALiBi's bias for four heads, with slopes that halves can hold at distances below 128."""
+    return -distance * torch.tensor([0.5, 0.25, 0.125, 0.0625], device=distance.device)[:, None, None]
 
 
 def theta(head_dim: int, base: float = 10000.0) -> Tensor:
@@ -266,7 +263,8 @@ def attending(
     """A block without weights, and x (b, n, (h + 2 g) d) from which it takes q (b, h, n, d) and k, v (b, g, n, d)."""
     (_, h, _, d), g = q.shape, k.shape[1]
     module: Any = MultiHeadAttention(d, h, num_kv_heads=g, head_dim=d, positions=lambda _: positions, **options)
-    module.embed_dim, module.out_proj, module.distance_bias = (h + 2 * g) * d, nn.Identity(), bias
+    module.embed_dim, module.out_proj = (h + 2 * g) * d, nn.Identity()
+    module.set_attention(distance_bias=bias)
     module.q_proj, module.k_proj = Channels(0, h * d), Channels(h * d, (h + g) * d)
     module.v_proj = Channels((h + g) * d, (h + 2 * g) * d)
     return module, torch.cat([t.transpose(1, 2).flatten(2) for t in (q, k, v)], dim=-1)
@@ -311,7 +309,7 @@ def projected(
     encoding = encoding_of(module.positions)
     if document_ids is not None:
         mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
-    return q, k, v, mask, encoding.with_biases(module.distance_bias, *encoding.biases)
+    return q, k, v, mask, encoding.with_biases(module.distance_bias)
 
 
 def multi_head_attention(
@@ -433,7 +431,7 @@ class Operations(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.dtypes.add(leaf.dtype)
-                self.largest = max(self.largest, leaf.numel())
+                self.largest = max(self.largest, 0 if func.is_view else leaf.numel())
         return result
 
 

@@ -17,7 +17,6 @@ from reference import (
     Encoding,
     LearnedBias,
     Operations,
-    Sloped,
     assert_attends_exactly,
     assert_block_is_exact,
     attended,
@@ -27,12 +26,13 @@ from reference import (
     inputs,
     normal,
     relative_error,
+    sloped,
     tails,
     visible,
 )
 from torch import nn
 
-from xpos_zoo import XPOS, LogNScaling, ScalableSoftmax, ScaleInvariant, SoftTail, attend, plan
+from xpos_zoo import XPOS, ALiBi, LogNScaling, ScalableSoftmax, ScaleInvariant, SoftTail, blockwise, dense
 
 
 @pytest.mark.slow
@@ -54,12 +54,12 @@ def test_flex_attention_gets_the_same_mask_and_gain(n, w, heads, dtype, encoding
     q, k, v = inputs(n, 2, h, g, 6, dtype, grad=False)
     settings = {"document_ids": document_ids(n) if documents else None, "bias": bias}
     outputs = []
-    for way in (lambda pattern, n, *_: n > 1, lambda *_: False):
+    for way in (lambda settings, n, *_: n > 1, lambda *_: False):
         with (
             torch.no_grad(),
-            mock.patch.object(plan, "QUERY_CHUNK", chunk),
-            mock.patch.object(plan, "flexible", way),
-            mock.patch.object(attend, "flexible", way),
+            mock.patch.object(dense, "MASK_CHUNK", chunk),
+            mock.patch.object(dense, "use_flex", way),
+            mock.patch.object(blockwise, "use_flex", way),
         ):
             outputs.append(attended(q, k, v, encoding.module(6), w, **settings))
     assert relative_error(*outputs) < 8 * torch.finfo(dtype).eps
@@ -122,15 +122,15 @@ def test_a_token_changes_what_sees_it_and_nothing_else_to_the_last_bit(at, w, dt
 
 
 @pytest.mark.parametrize(
-    ("positions", "scale_base", "w"), [(XPOS, 0.2, None), (Sloped, 64, None), (Sloped, 64, 16), (Sloped, 0.2, 16)]
+    ("bias", "scale_base", "w"), [(None, 0.2, None), (sloped, 64, None), (sloped, 64, 16), (sloped, 0.2, 16)]
 )
-def test_no_tensor_grows_faster_than_the_sequence(positions, scale_base, w, monkeypatch):
-    monkeypatch.setattr(plan, "QUERY_CHUNK", 16)
+def test_no_tensor_grows_faster_than_the_sequence(bias, scale_base, w, monkeypatch):
+    monkeypatch.setattr(dense, "MASK_CHUNK", 16)
 
     def largest(blocks: int) -> int:
         q, k, v = inputs(16 * blocks, b=1)
         with Operations() as seen:
-            attended(q, k, v, positions(8, scale_base), w).sum().backward()
+            attended(q, k, v, XPOS(8, scale_base), w, bias=bias).sum().backward()
         return seen.largest
 
     assert largest(33) <= 2 * largest(17)  # twice the blocks after the first are twice the entries
@@ -156,12 +156,12 @@ def test_dropout_keeps_the_mean(w, scale_base):
     head_dim=st.sampled_from([2, 6, 16]),
     bias=st.booleans(),
     qk_norm=st.booleans(),
-    positions=st.one_of(st.just(Sloped), *3 * [encodings.map(lambda encoding: encoding.module)]),
+    positions=encodings.map(lambda encoding: encoding.module),
     block_size=st.none() | st.integers(1, 20),
     query_scaling=st.none()
     | st.builds(LogNScaling, st.sampled_from([0.1, 1.0]), st.integers(1, 20))
     | st.builds(ScalableSoftmax, st.integers(1, 20)),
-    distance_bias=st.none() | tails | st.builds(LearnedBias),
+    distance_bias=st.none() | tails | st.just(sloped) | st.builds(LearnedBias),
     documents=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     autocast=st.sampled_from([None, None, *HALVES]),
@@ -172,7 +172,7 @@ def test_the_block_equals_the_formula(n, b, query_scaling, distance_bias, docume
     ids = document_ids(n) if documents and b == 2 and n and query_scaling is None else None
     module = block(13, query_scaling=query_scaling, distance_bias=distance_bias, **options).to(dtype)
     autocast = autocast if dtype == torch.float32 else None
-    with mock.patch.object(plan, "QUERY_CHUNK", chunk):
+    with mock.patch.object(dense, "MASK_CHUNK", chunk), mock.patch.object(dense, "GAIN_CHUNK", chunk):
         assert_block_is_exact(module, normal(0, b, n, 13, dtype=dtype), autocast=autocast, document_ids=ids)
 
 
@@ -222,7 +222,7 @@ def test_biases_by_distance_are_float32_whatever_the_default():
 def test_a_bias_may_be_a_function_a_module_or_none_in_any_order():
     module, learned = block(), LearnedBias()
     for bias in (SoftTail(1.0, 5), learned, SoftTail(2.0, 5), None, learned, None, lambda distance: -distance):
-        module.distance_bias = bias
+        module.set_attention(distance_bias=bias)
         assert module.distance_bias is bias
         assert ("distance_bias.table" in module.state_dict()) == (bias is learned)
         assert (learned.table in set(module.parameters())) == (bias is learned)
@@ -233,14 +233,16 @@ def test_a_refused_setting_leaves_the_old_one():
     for name, value in (("block_size", 0), ("query_scaling", 0.2), ("distance_bias", 2), ("positions", nn.Identity())):
         before = getattr(module, name)
         with pytest.raises(ValueError, match=f"{name} must"):
-            setattr(module, name, value)
+            module.set_attention(**{name: value})
         assert getattr(module, name) is before
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize("positions", [XPOS, partial(XPOS, scale_base=0.2), Sloped], ids=["xpos", "in chunks", "bias"])
-@pytest.mark.parametrize("bias", [None, SoftTail(2, 10), ScaleInvariant()], ids=["plain", "tail", "gain"])
+@pytest.mark.parametrize("positions", [XPOS, partial(XPOS, scale_base=0.2)], ids=["xpos", "in chunks"])
+@pytest.mark.parametrize(
+    "bias", [None, SoftTail(2, 10), ScaleInvariant(), ALiBi(4)], ids=["plain", "tail", "gain", "alibi"]
+)
 @PATTERNS
 def test_the_block_equals_the_formula_on_cuda(positions, bias, block_size, dtype):
     """Where there is a bias, by FlexAttention."""

@@ -39,8 +39,12 @@ MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
         ({"model__positions": '["XPOS", "XPOS"]'}, "positions must be one for all layers or"),
         ({"model__positions": "torch.nn.Identity"}, "model.positions"),
         (
-            {"model__positions": "study.encodings.ALiBi", "model__positions__num_heads": 3},
+            {"model__distance_bias": "{name: ALiBi, num_heads: 3}"},
             "model.num_heads is 2, but a distance bias is made for 3",
+        ),
+        (
+            {"model__distance_bias": "{class_path: study.Steep}"},
+            "must have the import path of a class, got 'study.Steep'",
         ),
         ({"model__distance_bias": "{name: Steep}"}, "distance_bias must be a mapping with the name"),
         ({"model__distance_bias": "{name: ScaleInvariant, tau: 0}"}, "tau must be above 0 and finite, got 0"),

@@ -18,7 +18,6 @@ from reference import (
     HALVES,
     PATTERNS,
     Encoding,
-    Sloped,
     assert_attends_exactly,
     attending,
     block,
@@ -29,6 +28,7 @@ from reference import (
     normal,
     relative_error,
     roundoff,
+    sloped,
     tails,
     visible,
 )
@@ -45,9 +45,8 @@ def in_pieces(module: MultiHeadAttention, x: Tensor, cache: KeyValueCache, sizes
     return torch.cat(outputs, dim=1).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
 
 
-def decoder(block_size: int | None = None, positions: type[XPOS] = XPOS, **options) -> MultiHeadAttention:
-    positions_16 = partial(positions, scale_base=16)
-    return block(positions=positions_16, block_size=block_size, **options).requires_grad_(False)
+def decoder(block_size: int | None = None, **options) -> MultiHeadAttention:
+    return block(positions=partial(XPOS, scale_base=16), block_size=block_size, **options).requires_grad_(False)
 
 
 @settings(max_examples=100)
@@ -76,12 +75,13 @@ def test_any_pieces_attend_by_the_formula(sizes, block_size, encoding, heads, dt
         [
             {"num_kv_heads": 1},
             {"num_kv_heads": 2, "qk_norm": True},
-            {"positions": Sloped, "distance_bias": SoftTail(2, 5), "query_scaling": LogNScaling(0.5, 10)},
+            {"distance_bias": SoftTail(2, 5), "query_scaling": LogNScaling(0.5, 10)},
+            {"distance_bias": sloped},
         ]
     ),
     seed=st.integers(0, 2**16),
 )
-@mock.patch("xpos_zoo.cache.FIRST_ROOM", 16)
+@mock.patch("xpos_zoo.cache.FIRST_SLOTS", 16)
 def test_rows_of_different_length_go_on_as_each_would_alone(steps, block_size, dtype, options, seed):
     """Whatever else is done to their cache, which grows as needed."""
     module, draw = decoder(block_size, **options).to(dtype), random.Random(seed)
@@ -141,8 +141,8 @@ def test_dense_decode_at_131072_keys_attends_by_the_formula(dtype):
     q, k, v = normal(0, 1, 2, 1, 8, dtype=dtype), *(normal(i, 1, 1, n, 8, dtype=dtype) for i in (1, 2))
     module, x = attending(q, k[..., -1:, :], v[..., -1:, :], positions)
     cache = module.make_cache(1, n, dtype=dtype)
-    at = torch.arange(n - 1) % cache[0].part_size
-    cache[0].k[..., : n - 1, :] = positions.rotate(q, k[..., :-1, :], at[:1], at)[1]
+    at, old = torch.arange(n - 1), k[..., :-1, :]
+    cache[0].k[..., : n - 1, :] = positions.rotate(old, old, at, at, at - at % cache[0].layout.segment_length)[1]
     cache[0].v[..., : n - 1, :] = v[..., :-1, :]
     cache.length += n - 1
     actual = in_pieces(module, x, cache, [1])
@@ -164,22 +164,27 @@ def test_large_keys_do_not_overflow_in_float16(block_size, size):
 
 
 @PATTERNS
-def test_a_state_goes_over_to_another_dtype_but_not_to_other_positions(block_size):
-    module = decoder(block_size)
+def test_a_state_goes_over_to_bfloat16_but_not_to_float16_or_other_positions(block_size):
+    """Float16's segments are shorter, for its factors must be smaller."""
+    module = decoder(block_size and 4 * block_size)
     cache = module.make_cache(2, 40)
     x, more = normal(0, 2, 20, 32), normal(1, 2, 5, 32)
     module(x, cache=cache)
-    half = copy.deepcopy(module).half()
-    other = half.make_cache(2, 40)
+    bfloat16 = copy.deepcopy(module).bfloat16()
+    other = bfloat16.make_cache(2, 40)
     other.load_state_dict(cache.state_dict())
     expected = module(more, cache=copy.deepcopy(cache))
-    for loaded in (other, copy.deepcopy(cache).half()):
-        # Weights, inputs, keys, and what is computed from them are rounded to a half.
-        assert relative_error(half(more.half(), cache=loaded), expected) <= 8 * roundoff(torch.float16)
+    for loaded in (other, copy.deepcopy(cache).bfloat16()):
+        # Weights, inputs, keys, and what is computed from them are rounded.
+        assert relative_error(bfloat16(more.bfloat16(), cache=loaded), expected) <= 8 * roundoff(torch.bfloat16)
         assert loaded.length.dtype == torch.int64
+    half = copy.deepcopy(module).half()
+    with pytest.raises(ValueError, match=r"cache does not match this layer: needs segment_length=\d+, was made with"):
+        half(more.half(), cache=copy.deepcopy(cache).half())
     module.positions = XPOS(8, 0.5)
-    with pytest.raises(ValueError, match=r"state_dict must be of a cache with .*'part_size': 1.*'part_size': \d+"):
-        module.make_cache(2, 40).load_state_dict(cache.state_dict())
+    for changed in (half, module):
+        with pytest.raises(ValueError, match=r"state_dict does not match this cache: .* needs .*'segment_length': \d+"):
+            changed.make_cache(2, 40).load_state_dict(cache.state_dict())
 
 
 def test_a_cache_made_under_autocast_has_its_dtype_and_nothing_a_gradient():

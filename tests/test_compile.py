@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import PATTERNS, Sloped, block, model, normal, relative_error, roundoff, tokens
+from reference import PATTERNS, block, model, normal, relative_error, roundoff, tokens
 from torch import Tensor, nn
 
 from xpos_zoo import (
@@ -22,8 +22,8 @@ from xpos_zoo import (
     ScaleInvariant,
     SoftTail,
     apply_rotary_pos_emb,
+    dense,
     fixed_pos_embedding,
-    plan,
 )
 
 pytestmark = pytest.mark.slow
@@ -106,10 +106,41 @@ def test_logits_by_distance_and_scaled_queries_add_no_graph_under_autocast(compi
         check_graphs(module, [*inputs(32, LENGTHS, grad=False)], compiler_counts, graphs_of(8), tolerance)
 
 
-def test_in_chunks_there_is_a_graph_for_each_number_of_them(compiler_counts, monkeypatch):
-    monkeypatch.setattr(plan, "QUERY_CHUNK", 16)
-    module = block(positions=partial(XPOS, scale_base=0.5)).requires_grad_(False)
-    check_graphs(module, [*inputs(32, [30, 12, 18, 32, 16], grad=False)], compiler_counts, at_most=2)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"distance_bias": ScaleInvariant(3.0)},
+        {"distance_bias": SoftTail(2.0, 10), "positions": partial(XPOS, scale_base=1)},
+        {"positions": partial(XPOS, scale_base=1)},
+    ],
+    ids=["gain", "tail beyond the span", "beyond the span"],
+)
+def test_dense_attention_in_chunks_has_a_graph_for_many_lengths(options, compiler_counts, monkeypatch):
+    """Of 1, 2 or 4 chunks of up to 32 queries here, which stand for 1, 4 or 16 of 2048; and one graph that decodes."""
+    monkeypatch.setattr(dense, "MASK_CHUNK", 16)
+    monkeypatch.setattr(dense, "GRAPH_GROWTH", 2)
+    module = block(**options)
+    check_graphs(module, inputs(32, [50, 10, 128, 64, 33, 31, 65, 7, 100]), compiler_counts, at_most=3)
+    compiled, cache = compile_graph(module.requires_grad_(False)), module.make_cache(2, 60)
+    x = normal(0, 2, 60, 32)
+    outputs = [module(x[:, :40], cache=cache)]
+    outputs += [compiled(x[:, i : i + 1], cache=cache) for i in range(40, 60)]
+    assert compiler_counts["stats"]["unique_graphs"] <= 4
+    assert relative_error(torch.cat(outputs, 1), module(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("span", [XPOS(8, 64).max_span(torch.float32), dense.NO_LIMIT])
+def test_lengths_to_twenty_thousand_are_cut_into_three_numbers_of_chunks(span, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    limit, counts = 2 * dense.MASK_CHUNK, set()
+    for n in range(1, 20_001):
+        size, chunks = dense.split_into_chunks(n, dense.origin_limit(span, limit))
+        counts.add(len(chunks))
+        assert size <= limit
+        assert chunks[0][0] == 0
+        assert chunks[-1][1] == n
+        assert all(0 < stop - start <= size for start, stop in chunks)
+    assert counts == {1, 4, 16}
 
 
 @PATTERNS
@@ -127,7 +158,7 @@ def test_layers_compiled_one_by_one_take_the_models_plan(compiler_counts):
         layer.compile(fullgraph=True, backend="aot_eager")
     for n in (40, 33):
         ids = (torch.arange(n) // 13).expand(2, -1)
-        assert_same(compiled, transformer, (tokens(2, n), None, None, ids))
+        assert_same(partial(compiled, document_ids=ids), partial(transformer, document_ids=ids), (tokens(2, n),))
     compiled.query_scaling = transformer.query_scaling = LogNScaling(0.5, 10)
     caches = [each.make_cache(2, 60) for each in (compiled, transformer)]
     for piece in tokens(2, 50).split([20, 1, 1, 28], dim=1):
@@ -147,7 +178,6 @@ BIASED = {
     "qk_norm": True,
     "query_scaling": LogNScaling(0.5, 10),
     "distance_bias": SoftTail(4.0, 10),
-    "positions": Sloped,
     "block_size": 8,
 }
 

@@ -28,7 +28,7 @@ from train.measure import octaves
 from train.modes import Mode, discounted, standard_modes
 from train.runs import find_runs
 from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, ScaleInvariant, SoftTail, Transformer
-from xpos_zoo.plan import first_seen
+from xpos_zoo.visibility import window_start
 
 L = 16
 TARGETS = L // 2
@@ -80,14 +80,14 @@ def test_blockwise_targets_see_the_same_number_of_keys_from_the_trained_length_o
     seen = []
     for context in octaves(length, 64)[2:]:
         at = torch.arange(context)
-        seen.append((at + 1 - first_seen(at, block_size))[-length // 2 :].tolist())
+        seen.append((at + 1 - window_start(at, block_size))[-length // 2 :].tolist())
     assert all(keys == seen[0] for keys in seen)
     assert sorted({keys % block_size for keys in seen[0]}) == list(range(block_size))  # every phase of a block once
 
 
 def test_a_position_module_is_rescaled_for_each_context_from_the_trained_one():
-    def slower(rotary: RotaryEmbedding, scale: float) -> RotaryEmbedding:
-        return RotaryEmbedding(rotary.head_dim, base=rotary.base * scale)
+    def slower(rotary: RotaryEmbedding, scale: float) -> dict[str, RotaryEmbedding]:
+        return {"positions": RotaryEmbedding(rotary.head_dim, base=rotary.base * scale)}
 
     windows, found = random_windows(2, 8 * L + 1), []
     for mode in (MODES["dense"], Mode("slower", "slower", rescale=slower)):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference import PATTERNS, far_apart, model
 
 from xpos_zoo import Transformer
-from xpos_zoo.sampling import sample
+from xpos_zoo.generation import sample
 
 
 def language_model(block_size: int | None) -> Transformer:

@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from reference import PATTERNS, Operations, block, model, tokens
+from reference import PATTERNS, Operations, block, model, relative_error, tokens
+from torch import Tensor
 from torch.distributed.utils import _apply_to_tensors
 
-from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, SoftTail
-from xpos_zoo.attention import plan_layers
+from xpos_zoo import XPOS, KeyValueCache, LogNScaling, RotaryEmbedding, SoftTail, plan_attention
+from xpos_zoo.dense import DensePlan
 
 
 def decode_operations(num_layers: int, block_size: int | None) -> Operations:
@@ -49,30 +50,58 @@ def test_layers_share_a_plan_where_they_attend_alike_and_nowhere_else():
     xpos, x = partial(XPOS, scale_base=8), torch.zeros(2, 30, 32)
     positions = [xpos, xpos, xpos, RotaryEmbedding, partial(XPOS, scale_base=9)]
     transformer = model(5, positions=positions, block_size=[4, 4, None, 4, 4])
-    plans = plan_layers(transformer.attentions, x, None, None, None)
-    assert plans[0] is plans[1]
-    assert len({id(plan) for plan in plans}) == 4
+    cases = [plan.case for plan in plan_attention(transformer.attentions, x)]
+    assert cases[0] is cases[1]
+    assert len({id(case) for case in cases}) == 4
     transformer.attentions[0].positions = RotaryEmbedding(8)  # whatever made it
-    plans = plan_layers(transformer.attentions, x, None, None, None)
-    assert plans[0] is plans[3]
+    cases = [plan.case for plan in plan_attention(transformer.attentions, x)]
+    assert cases[0] is cases[3]
 
 
-def test_a_plan_for_another_pattern_is_refused():
+@PATTERNS
+def test_blocks_of_ones_own_model_share_a_plan_and_a_cache(block_size):
+    """As the README has it: the same outputs as each block by itself."""
+    torch.manual_seed(0)
+    blocks = [block(block_size=block_size).requires_grad_(False) for _ in range(3)]
+    for each in blocks:
+        torch.nn.init.normal_(each.q_proj.weight, std=0.3)
+    x = torch.randn(2, 30, 32)
+
+    def run(x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        for each, plan in zip(blocks, plan_attention(blocks, x, cache), strict=True):
+            x = x + each.attend(x, plan)
+        if cache is not None:
+            cache.advance()
+        return x
+
+    expected = x
+    for each in blocks:
+        expected = expected + each(expected)
+    assert torch.equal(run(x), expected)
+    cache = KeyValueCache(blocks, batch_size=2)
+    pieces = [run(piece, cache) for piece in x.split([20, 1, 9], dim=1)]
+    assert relative_error(torch.cat(pieces, 1), expected) <= 1e-5
+
+
+def test_a_plan_for_other_settings_is_refused():
     first, second, x = block(block_size=4), block(), torch.zeros(2, 30, 32)
-    (plan,) = plan_layers([first], x, None, None, None)
-    assert torch.equal(first(x, plan=plan), first(x))
-    with pytest.raises(ValueError, match=r"plan must be made for .*None, None, None.* got one for .*4, None, None"):
-        second(x, plan=plan)
+    (plan,) = plan_attention([first], x)
+    assert torch.equal(first.attend(x, plan), first(x))
+    with pytest.raises(
+        ValueError, match=r"plan does not match this block: needs .*None, None.* was made for .*4, None"
+    ):
+        second.attend(x, plan)
 
 
 def test_mixed_precision_that_casts_arguments_leaves_a_plan_alone():
     """FSDP2's, with torch's own function for it."""
-    (plan,) = plan_layers([block()], torch.zeros(2, 30, 32), None, None, None)
-    assert plan.q_table is not None
-    table = plan.q_table.clone()
+    (plan,) = plan_attention([block()], torch.zeros(2, 30, 32))
+    assert isinstance(plan.case, DensePlan)
+    before = plan.case.q_rotary.cos
     (cast,) = _apply_to_tensors(lambda t: t.half() if t.is_floating_point() else t, (plan,))
-    assert cast.q_table.dtype == torch.float32
-    assert torch.equal(cast.q_table, table)
+    assert cast.case.q_rotary.cos is before
+    assert before is not None
+    assert before.dtype == torch.float32
 
 
 @PATTERNS

@@ -133,7 +133,11 @@ class OwnPositions(RotaryEmbedding):
     ("name", "value", "said"),
     [
         ("positions", OwnPositions(8), "positions must be XPOS or RotaryEmbedding to be saved, got OwnPositions"),
-        ("distance_bias", lambda distance: -distance, "distance_bias must be SoftTail or ScaleInvariant to be saved"),
+        (
+            "distance_bias",
+            lambda distance: -distance,
+            "distance_bias must be SoftTail or ScaleInvariant or ALiBi to be saved",
+        ),
         ("positions.rates", RotaryEmbedding(8).rates, "positions must have the rates of their arguments to be saved"),
         ("dropout", 0.5, "dropout must be the same in all layers to be saved, got [0.0, 0.5]"),
     ],

@@ -102,7 +102,7 @@ def losses_of(model: Transformer, mode: Mode, windows: Tensor, length: int) -> d
     for context in octaves(length, windows.shape[1] // length):
         if mode.rescale is not None and context > length:
             for attention, positions in zip(model.attentions, trained, strict=True):
-                attention.positions = mode.rescale(positions, context / length).to(windows.device)
+                attention.set_attention(**mode.rescale(positions, context / length))
         losses = pieced_losses(predict, windows[:, -max(context, targets) - 1 :], context).cpu()  # the targets last
         mean = losses[:, -targets:].mean(1)
         means.append(pd.DataFrame({"context": context, "window": range(len(mean)), "loss": mean}))

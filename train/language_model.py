@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from pydoc import locate
 from typing import Any, Literal
 
 import lightning as L
@@ -47,8 +48,9 @@ class LanguageModel(L.LightningModule):
         embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, qk_norm, dropout: see `Transformer`.
         block_size: of blockwise attention, or null for dense; or a list with one for each layer.
         query_scaling: what multiplies queries, likewise: `{name: ScalableSoftmax, trained_length: 128}`.
-        distance_bias: what logits become by distance: a class of the library and its arguments, such as
-            `{name: ScaleInvariant, tau: 10}`; or a list with one for each layer.
+        distance_bias: what logits become by distance: a class of the library, such as `ScaleInvariant`, with arguments
+            `{name: ScaleInvariant, tau: 10}`; an import path, `{class_path: mine.Bias, init_args: {}}`; or a list with
+            one for each layer.
         learning_rate: at the end of the warm-up.
         warmup_steps: steps over which the learning rate rises to it.
         schedule: what it does from then on: falls to a tenth as a cosine, falls there linearly, stays constant, or
@@ -74,8 +76,8 @@ class LanguageModel(L.LightningModule):
         num_kv_heads: int | None = None,
         hidden_dim: int | None = None,
         block_size: int | list[int | None] | None = None,
-        query_scaling: Named | list[Named | None] | None = None,
-        distance_bias: Named | list[Named | None] | None = None,
+        query_scaling: Named | str | list[Named | str | None] | None = None,
+        distance_bias: Named | str | list[Named | str | None] | None = None,
         qk_norm: bool = False,
         dropout: float = 0.0,
         learning_rate: float = 2e-3,
@@ -105,8 +107,8 @@ class LanguageModel(L.LightningModule):
             num_kv_heads=num_kv_heads,
             positions=positions,
             block_size=block_size,
-            query_scaling=from_named("query_scaling", query_scaling),
-            distance_bias=from_named("distance_bias", distance_bias),
+            query_scaling=make_setting("query_scaling", query_scaling),
+            distance_bias=make_setting("distance_bias", distance_bias),
             qk_norm=qk_norm,
             hidden_dim=hidden_dim,
             dropout=dropout,
@@ -118,8 +120,8 @@ class LanguageModel(L.LightningModule):
                     "data.context_length must be a multiple of model.context_parallel_size * model.block_size, "
                     f"got {context_length} with {context_parallel_size} and {attention.block_size or 'null'}"
                 )
-            for bias in attention.pattern.biases:
-                heads = bias(torch.zeros(1, 1, 1, 1, dtype=torch.int64)).shape[-3]
+            if attention.distance_bias is not None:
+                heads = attention.distance_bias(torch.zeros(1, 1, 1, 1, dtype=torch.int64)).shape[-3]
                 if heads not in (1, num_heads):
                     raise UserError(f"model.num_heads is {num_heads}, but a distance bias is made for {heads}")
         xpos = [each.positions for each in self.transformer.attentions if isinstance(each.positions, XPOS)]
@@ -235,6 +237,21 @@ class LanguageModel(L.LightningModule):
                     "checkpoint is from before that; try a lower model.learning_rate or trainer.gradient_clip_val, "
                     "under a --name of its own"
                 )
+
+
+def make_setting(kind: str, value: Any) -> Any:
+    """A query scaling or distance bias as YAML has it: a name, a name with arguments, an import path with arguments, or
+    a list of these."""
+    if isinstance(value, list):
+        return [make_setting(kind, layer) for layer in value]
+    if isinstance(value, str):
+        return from_named(kind, {"name": value})
+    if isinstance(value, dict) and "class_path" in value:
+        made_by = locate(str(value["class_path"]))
+        if not callable(made_by):
+            raise UserError(f"model.{kind} must have the import path of a class, got {value['class_path']!r}")
+        return made_by(**value.get("init_args", {}))
+    return from_named(kind, value)
 
 
 def schedule_factor(schedule: Schedule, warmup: int, steps: int, step: int) -> float:

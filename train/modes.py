@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from xpos_zoo import DistanceBias, LogNScaling, PositionModule, QueryScaling, ScaleInvariant, SoftTail, Transformer
+from xpos_zoo import DistanceBias, LogNScaling, QueryScaling, ScaleInvariant, SoftTail, Transformer
 
 SETTINGS = ("block_size", "query_scaling", "distance_bias")  # that a mode may give to layers that have none
 
@@ -32,7 +32,7 @@ class Mode:
     query_scaling: QueryScaling | None = None
     distance_bias: DistanceBias | None = None
     recompute: bool = False  # predict from fresh windows of the trained length, half a length apart
-    rescale: Callable[[Any, float], PositionModule] | None = None  # from the trained one, for so many trained lengths
+    rescale: Callable[[Any, float], dict[str, Any]] | None = None  # settings for positions and so many trained lengths
 
     def takes(self, trained: dict[str, Any]) -> bool:
         """Whether this changes nothing of the settings that layers were trained with, such as a bias of their own."""

@@ -93,11 +93,15 @@ def encoding_of(
         name, options = str(layer["class_path"]).rpartition(".")[2], layer.get("init_args") or {}
         return ENCODINGS.get(name, (name,))[-1 if options.get("max_wavelength") else 0]
 
-    def logits(layer: dict[str, Any]) -> str:
-        return layer["name"] + (f", discount {layer['discount']:g}" if layer.get("discount") else "")
+    def logits(layer: Any) -> str:
+        layer = {"name": layer} if isinstance(layer, str) else layer
+        name = layer.get("name") or layer["class_path"].rpartition(".")[2]
+        return name + (f", discount {layer['discount']:g}" if layer.get("discount") else "")
 
     each = [value if isinstance(value, list) else [value] for value in (positions, query_scaling, distance_bias)]
     names = [[position_module(layer) for layer in each[0]], *([logits(v) for v in own if v] for own in each[1:])]
+    if names[0] == ["no positions"] and names[2][:1] in (["ALiBi"], ["ALiBiScaleInvariant"]):
+        names[0], names[2] = ["ALiBi"], [name for name in ["ScaleInvariant"] if names[2] != ["ALiBi"]]
     names += [["QK-norm"]] if qk_norm else []
     return ", ".join(" and ".join(dict.fromkeys(own)) for own in names if own)
 

@@ -56,7 +56,8 @@ def sample(
         raise UserError(f"prompt must have at least one token, got {prompt!r}")
     model = load_model(path, device)
     try:
-        far = [None if each.query_scaling is not None or each.pattern.biased else half for each in model.attentions]
+        softened = [each.query_scaling is not None or each.distance_bias is not None for each in model.attentions]
+        far = [None if soft else half for soft in softened]
         default = [each.block_size or own for each, own in zip(model.attentions, far, strict=True)]
         model.block_size = default if block_size is None else block_size or None
         stream = model.stream(

@@ -1,24 +1,25 @@
 """xPos attention for PyTorch: exact at any length, in any precision, compiled or not."""
 
 from xpos_zoo.attention import MultiHeadAttention
-from xpos_zoo.bias import DistanceBias, LogNScaling, QueryScaling, ScalableSoftmax, ScaleInvariant, SoftTail
+from xpos_zoo.bias import ALiBi, DistanceBias, LogNScaling, QueryScaling, ScalableSoftmax, ScaleInvariant, SoftTail
 from xpos_zoo.cache import KeyValueCache
-from xpos_zoo.pretrained import TransformerConfig
-from xpos_zoo.rotary import (
-    PositionModule,
-    RotaryEmbedding,
+from xpos_zoo.functional import (
     apply_rotary_pos_emb,
     duplicate_interleave,
     fixed_pos_embedding,
     rotate_every_two,
 )
+from xpos_zoo.plan import LayerPlan, plan_attention
+from xpos_zoo.pretrained import TransformerConfig
+from xpos_zoo.rotary import XPOS, PositionModule, RotaryEmbedding
 from xpos_zoo.transformer import Transformer
-from xpos_zoo.xpos import XPOS
 
 __all__ = [
     "XPOS",
+    "ALiBi",
     "DistanceBias",
     "KeyValueCache",
+    "LayerPlan",
     "LogNScaling",
     "MultiHeadAttention",
     "PositionModule",
@@ -32,5 +33,6 @@ __all__ = [
     "apply_rotary_pos_emb",
     "duplicate_interleave",
     "fixed_pos_embedding",
+    "plan_attention",
     "rotate_every_two",
 ]

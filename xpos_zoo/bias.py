@@ -1,4 +1,4 @@
-"""What changes attention logits besides q and k: gain and bias by distance, a factor on queries by the keys they see.
+"""Distance biases and gains of attention logits, and query scaling.
 
 Axes: b batch, h heads, n queries, m keys.
 """
@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
+
+from xpos_zoo.checks import require_sizes
 
 
 class QueryScaling(Protocol):
     """A factor on each query by how many keys it sees: `visible_keys` holds integers (...), the factor is as `dtype`.
 
-    Equal ones share a forward's plan, so that it must be hashable, as a frozen dataclass is.
+    It must be hashable, as a frozen dataclass is: layers with equal ones share a plan.
     """
 
     def __call__(self, visible_keys: Tensor, dtype: torch.dtype) -> Tensor: ...
@@ -23,15 +26,23 @@ class QueryScaling(Protocol):
 class DistanceBias(Protocol):
     """A function of how far a key lies before a query, added to their scaled score before the softmax.
 
-    `distance`, query's position minus key's, holds integers (b, 1, n, m), at least 0 wherever the query may look. The
-    bias is float32 and broadcasts against (b, h, n, m); minus infinity hides a key. It must be hashable, as functions
-    and modules are: equal ones share a forward's plan.
+    `distance`, the query's position minus the key's, holds integers from 0 on, (b, 1, n, m); it is called with all
+    distances that occur, often once each (b = n = 1). The bias is float32 and broadcasts against (b, h, n, m); minus
+    infinity hides a key. It must be hashable, as functions and modules are: layers with equal ones share a plan.
 
     One that has a method `gain(distance)`, too, of the same shapes, has the scaled score multiplied by it before: at
     distance t a score S becomes gain_t S + bias_t.
     """
 
     def __call__(self, distance: Tensor) -> Tensor: ...
+
+
+def bias_and_gain(distance_bias: DistanceBias | None, distance: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Bias and, if there is one, gain of logits at distances (b, 1, n, m); both broadcast against (b, h, n, m)."""
+    if distance_bias is None:
+        return torch.zeros((), device=distance.device).expand(distance.shape), None
+    gain = getattr(distance_bias, "gain", None)
+    return distance_bias(distance), None if gain is None else gain(distance)
 
 
 def check(name: str, value: float, length: int | None) -> None:
@@ -90,6 +101,31 @@ class ScaleInvariant:
         if self.trained_length is None:
             return bias
         return torch.where(distance < self.trained_length, bias, bias - self.discount)
+
+
+@dataclass(frozen=True)
+class ALiBi:
+    """Attention with linear biases (Press et al. 2022): logits of head k fall by slope_k per position of distance.
+
+    Slopes are 2^(-8k/h) for heads k = 1 .. h if h is a power of two; otherwise, as published, those of the power of two
+    below h, then every other one of the power of two above it. `num_heads` is the attention's own; ValueError if it is
+    not positive.
+    """
+
+    num_heads: int
+
+    def __post_init__(self) -> None:
+        require_sizes(num_heads=self.num_heads)
+
+    def slopes(self, device: torch.device | None = None) -> Tensor:
+        """Of each head, (h,), float32."""
+        below = 2 ** (self.num_heads.bit_length() - 1)
+        own = torch.arange(1, below + 1, dtype=torch.float32, device=device)
+        between = torch.arange(self.num_heads - below, dtype=torch.float32, device=device) + 0.5
+        return torch.exp2(torch.cat((own, between)) * (-8 / below))
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        return -rearrange(self.slopes(distance.device), "h -> h 1 1") * distance
 
 
 @dataclass(frozen=True)

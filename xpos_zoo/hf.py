@@ -23,9 +23,10 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from xpos_zoo.generation import check_tokens
 from xpos_zoo.pretrained import HEADER, TransformerConfig
-from xpos_zoo.transformer import Transformer, check_tokens
-from xpos_zoo.xpos import XPOS
+from xpos_zoo.rotary import XPOS
+from xpos_zoo.transformer import Transformer
 
 NAMES = {field.name for field in dataclasses.fields(TransformerConfig)}
 
@@ -65,7 +66,7 @@ class XposCache(Cache):
         self.kv, self.columns = model.make_cache(batch_size), 0
 
     is_compileable = property(lambda self: False)  # type: ignore[assignment]
-    is_croppable = property(lambda self: all(layer.block_size is None for layer in self.kv.layers))  # type: ignore[assignment]
+    is_croppable = property(lambda self: all(layer.layout.block_size is None for layer in self.kv))  # type: ignore[assignment]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
@@ -111,7 +112,7 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, XPOS):
-            module.to(module.scale.device)  # which makes its buffer anew
+            module.reset_constants(module.scale.device)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
         self.gradient_checkpointing = self.model.checkpoint_activations = enable
@@ -184,19 +185,18 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
             if attention_mask.shape != (b, columns):
                 raise ValueError(f"attention_mask must be {(b, columns)}, got {tuple(attention_mask.shape)}")
             mask = attention_mask[:, columns - n :] == 0
-        states: list[Tensor] = []
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             mask = mask if mask is not None and mask.any() else None
             kv = None if cache is None else cache.kv
-            x = model._features(x, kv, None, None, mask, states=states if hidden else None)
-            logits = model.head(x[:, keep])
+            states = model.hidden_states(x, kv, key_padding_mask=mask)
+            logits = model.head(states[-1][:, keep])
         if cache is not None:
             cache.kv.advance()
             cache.columns = columns
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **others)
-        return CausalLMOutputWithPast(loss, logits, cache, (*states, x) if hidden else None)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(loss, logits, cache, tuple(states) if hidden else None)  # type: ignore[arg-type]
 
 
 AutoConfig.register(XposConfig.model_type, XposConfig)

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpos_zoo.bias import LogNScaling, ScalableSoftmax, ScaleInvariant, SoftTail
-from xpos_zoo.rotary import RotaryEmbedding
-from xpos_zoo.xpos import XPOS
+from xpos_zoo.bias import ALiBi, LogNScaling, ScalableSoftmax, ScaleInvariant, SoftTail
+from xpos_zoo.rotary import XPOS, RotaryEmbedding
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HEADER = {"model_type": "xpos_zoo", "version": 3}
@@ -28,7 +27,7 @@ ADDED = {"qk_norm"}  # keys that folders of earlier versions lack
 KNOWN: dict[str, tuple[type, ...]] = {
     "positions": (XPOS, RotaryEmbedding),
     "query_scaling": (LogNScaling, ScalableSoftmax),
-    "distance_bias": (SoftTail, ScaleInvariant),
+    "distance_bias": (SoftTail, ScaleInvariant, ALiBi),
 }
 Named = dict[str, Any]  # the "name" of one of these, and its arguments but for head_dim
 

@@ -1,9 +1,13 @@
-"""Positions as rates: how channel pairs are rotated and scaled. The documented functions, and `RotaryEmbedding`.
+"""Position encodings as complex rates: `PositionModule`, `RotaryEmbedding` and `XPOS`.
 
-Axes: n sequence, d head dimension, i = d/2 pairs of channels, each one complex number. With the rate
-r_i = lambda_i + 1j theta_i, a query at position n is multiplied by exp(n r_i) and a key at m by exp(-m conj(r_i)), so
-that scores depend on n - m alone. Plain rotary embedding (Su et al. 2021, RoFormer, eq. 34) has theta_i = base^(-2i/d)
-and no lambda.
+Axes: n sequence, d head dimension, i = d/2 channel pairs, each read as one complex number.
+
+Pair i has the rate r_i = lambda_i + 1j theta_i. A query at position n is multiplied by exp(n r_i) and a key at m by
+exp(-m conj(r_i)), so that scores depend on n - m alone. Two questions follow, and a position module answers them apart:
+
+- *angles*: theta_i rotates. An angle n theta_i is exact at any position n, so rotations need no origin.
+- *decay*: lambda_i <= 0 shrinks scores with distance. exp(-m lambda_i) overflows at large m, so the factors of queries
+  and keys are measured from an origin nearby: exp((n - c) lambda_i) exp((c - m) lambda_i) is the same for every c.
 """
 
 import cmath
@@ -11,22 +15,26 @@ import math
 import struct
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from xpos_zoo.checks import as_integer
+from xpos_zoo.rotation import Rotation, at_least_float32, rotate_pairs
+
+GAMMA = 0.4  # of the authors' code: zeta runs from GAMMA / (1 + GAMMA) = 2/7 up to almost 1
+SMALLEST_FACTOR = 2.0**-80  # of a decay; smaller ones are 0
 
 
 def rotary_rates(head_dim: int, base: float = 10000.0) -> tuple[complex, ...]:
-    """1j base^(-2i/d), the rates of plain rotary embedding."""
+    """1j base^(-2i/d), the rates of plain rotary embedding (Su et al. 2021, RoFormer, eq. 34)."""
     return tuple(1j * base ** (-2 * i / head_dim) for i in range(head_dim // 2))
 
 
-def as_turns(rates: Sequence[complex]) -> list[int]:
-    """How far each rate turns in one position, in 2^-64 turns, as signed integers of 64 bits."""
+def in_turns(rates: Sequence[complex]) -> list[int]:
+    """How far each rate rotates in one position, in 2^-64 turns, as signed integers of 64 bits."""
     return [(round(rate.imag / (2 * math.pi) * 2**64) + 2**63) % 2**64 - 2**63 for rate in rates]
 
 
@@ -44,146 +52,27 @@ def sine(phase: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cos_and_sin(positions: Tensor, turns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cosine and sine of integer positions (...) times `as_turns` (i,): (2, ..., i)."""
+    """Cosine and sine of integer positions (...) times rates `in_turns` (i,): (2, ..., i)."""
     row = torch.arange(2, device=positions.device).view(2, *[1] * positions.ndim, 1)
     return sine(positions[..., None] * turns + ((1 - row) << 62), dtype)  # a cosine is a sine a quarter turn ahead
 
 
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which inputs of `dtype` are rotated: never half precision."""
-    return torch.promote_types(dtype, torch.float32)
+def materialise(*tables: Tensor) -> tuple[Tensor, ...]:
+    """Tables of one shape but for their first dimension; in compiled code, written to memory by one kernel.
 
-
-def rotate_pairs(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    factor: Tensor | None = None,
-    interleaved: bool = True,
-    conjugate: bool = False,
-    packed: bool = False,
-) -> Tensor:
-    """Channel pairs of x (..., d), as complex numbers, times `factor * (cos + 1j * sin)`, tables (..., i); x's dtype.
-
-    `conjugate` negates the sine. `packed` loads and stores interleaved pairs at once, which autograd cannot follow.
-    Rounding to x's dtype comes before pairs are joined, so that the compiler makes one kernel of it.
+    A compiler would otherwise evaluate them again for every head and every row of the batch.
     """
-    layout, axis = ("i two", -1) if interleaved else ("two i", -2)
-    a, b = unpack(x) if packed else rearrange(x, f"... ({layout}) -> ... {layout}", two=2).unbind(axis)
-    if factor is None:  # so that gradients are rounded once, too
-        a, b = (t.to(torch.promote_types(t.dtype, cos.dtype)) for t in (a, b))
-    else:
-        a, b = a * factor, b * factor
-    a, b = (a * cos + b * sin, b * cos - a * sin) if conjugate else (a * cos - b * sin, b * cos + a * sin)
-    if packed:
-        return pack(a, b, x.dtype)
-    return rearrange(torch.stack((a.to(x.dtype), b.to(x.dtype)), axis), f"... {layout} -> ... ({layout})")
+    if not torch.compiler.is_compiling():
+        return tables
+    joined = torch.cat(tables)
+    return torch.as_strided(joined, joined.shape, joined.stride()).split([len(table) for table in tables])
 
 
-def unpack(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both numbers of each bfloat16 or float32 pair of x (..., d), in float32, (..., i) each."""
-    # A pair is loaded as one integer of twice the width: compilers make loads of every other number slow.
-    if x.dtype == torch.float32:
-        pair = x.contiguous().view(torch.int64)
-        return pair.to(torch.int32).view(torch.float32), (pair >> 32).to(torch.int32).view(torch.float32)
-    pair = x.contiguous().view(torch.int32)
-    return (pair << 16).view(torch.float32), (pair & -0x10000).view(torch.float32)
-
-
-def pack(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `unpack`, rounding to nearest even; NaN stays NaN."""
-    low, high = a.view(torch.int32), b.view(torch.int32)
-    if dtype == torch.float32:
-        return ((low.to(torch.int64) & 0xFFFFFFFF) | (high.to(torch.int64) << 32)).view(dtype)
-    low, high = (
-        torch.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000) for x, bits in ((a, low), (b, high))
-    )
-    return (((low >> 16) & 0xFFFF) | (high & -0x10000)).view(dtype)
-
-
-class Rotation(torch.autograd.Function):
-    """`rotate_pairs` for a compiler: pairs may go packed, for the gradient is the rotation by the conjugate."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor, cos: Tensor, sin: Tensor, factor: Tensor | None, interleaved: bool, conjugate: bool
-    ) -> Tensor:
-        packed = interleaved and x.dtype in (torch.bfloat16, torch.float32)
-        return rotate_pairs(x, cos, sin, factor, interleaved, conjugate, packed)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, *tables, ctx.interleaved, ctx.conjugate = inputs
-        ctx.save_for_backward(*tables)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x = Rotation.apply(gradient.contiguous(), *ctx.saved_tensors, ctx.interleaved, not ctx.conjugate)
-        return x, None, None, None, None, None
-
-
-def fixed_pos_embedding(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`(sin, cos)` of n * 10000^(-j/dim) in row n and column j, each of x's shape (seq_len, dim) and dtype.
-
-    Of x only shape, device and dtype count; ValueError if it is not two-dimensional.
-    """
-    if x.ndim != 2:
-        raise ValueError(f"x must have shape (seq_len, dim), got {tuple(x.shape)}")
-    seq_len, dim = x.shape
-    dtype = x.dtype if x.is_floating_point() else torch.float32
-    # Column j has the frequency of pair j of 2 dim channels. A compiler takes the length of a range as a plain number.
-    turns = torch.tensor(as_turns(rotary_rates(2 * len(range(dim)))), dtype=torch.int64, device=x.device)
-    cos, sin = cos_and_sin(torch.arange(seq_len, device=x.device), turns, at_least_float32(dtype)).to(dtype)
-    return sin, cos
-
-
-def rotate_every_two(x: Tensor) -> Tensor:
-    """Turn each channel pair (a, b) of x (..., seq_len, dim) into (-b, a); ValueError if dim is odd."""
-    if x.ndim < 1 or x.shape[-1] % 2:
-        raise ValueError(f"x must have an even last dimension, got shape {tuple(x.shape)}")
-    a, b = rearrange(x, "... (i two) -> ... i two", two=2).unbind(-1)
-    return rearrange(torch.stack((-b, a), -1), "... i two -> ... (i two)")
-
-
-def duplicate_interleave(m: Tensor) -> Tensor:
-    """Repeat each column of m twice, side by side: (..., d) becomes (..., 2d); ValueError if m is a scalar."""
-    if m.ndim < 1:
-        raise ValueError("m must have at least one dimension, got a scalar")
-    return repeat(m, "... d -> ... (d two)", two=2)
-
-
-def apply_rotary_pos_emb(x: Tensor, sin: Tensor, cos: Tensor, scale: float | Tensor = 1) -> Tensor:
-    """Rotate the interleaved pairs of x (..., seq_len, dim) by the tables and multiply by `scale`; x's shape and dtype.
-
-    Args:
-        x: (batch, seq_len, dim), or with any leading dimensions.
-        sin, cos: (seq_len, dim/2), a column for each pair; or (seq_len, dim) as `fixed_pos_embedding` gives for x's own
-            width, of which column 2i is for pair i. Leading dimensions broadcast against x's.
-        scale: a number, or a tensor of either table width, or of width 1.
-
-    ValueError if x is no floating-point tensor, dim is odd or zero, or a table's shape does not fit x.
-    """
-    if not x.is_floating_point():
-        raise ValueError(f"x must have a floating-point dtype, got {x.dtype}")
-    if x.ndim < 2 or x.shape[-1] % 2 or x.shape[-1] == 0:
-        raise ValueError(f"x must have shape (..., seq_len, dim) with an even dim above 0, got {tuple(x.shape)}")
-    dim = x.shape[-1]
-
-    def per_pair(name: str, table: Tensor, widths: tuple[int, ...]) -> Tensor:
-        rows = zip(table.shape[-2::-1], x.shape[-2::-1], strict=False)  # from the last on
-        if not 0 < table.ndim <= x.ndim or table.shape[-1] not in widths or any(t not in (1, n) for t, n in rows):
-            raise ValueError(
-                f"{name} must be {' or '.join(map(str, widths))} wide and broadcast against the other dimensions of "
-                f"x {tuple(x.shape)}, got {tuple(table.shape)}"
-            )
-        return table[..., ::2] if table.shape[-1] == dim else table
-
-    if isinstance(scale, Tensor) and scale.ndim > 0:
-        scale = per_pair("scale", scale, (1, dim // 2, dim))
-    cos, sin = (per_pair(name, table, (dim // 2, dim)) for name, table in (("cos", cos), ("sin", sin)))
-    return rotate_pairs(x, cos * scale, sin * scale)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, factor: Tensor | None, interleaved: bool) -> Tensor:
+    """`rotate_pairs`, in compiled code with a gradient of its own."""
+    if torch.compiler.is_dynamo_compiling():
+        return Rotation.apply(x, cos, sin, factor, interleaved, False)  # type: ignore[return-value]
+    return rotate_pairs(x, cos, sin, factor, interleaved)
 
 
 class PositionModule(nn.Module):
@@ -191,19 +80,17 @@ class PositionModule(nn.Module):
 
     Args:
         rates: lambda_i + 1j theta_i for each of the head_dim / 2 pairs, plain numbers (see the top of this file):
-            theta_i rotates, in radians a position; a lambda_i below 0 lets scores decay with distance. May be set anew.
+            theta_i rotates, in radians per position; a lambda_i below 0 lets scores decay with distance. May be set
+            again later.
         interleaved: how channels pair up: (0, 1), (2, 3), ... (as in RoFormer and xPos), or, if False, channel i with
             i + head_dim/2 (as in Llama). Scores are the same if the channels of q and k are permuted alike.
 
-    A subclass may also have a method `distance_bias(distance)`, a `DistanceBias`, for every head alike or with an axis
-    of heads (h, n, m), as ALiBi's is.
-
-    It keeps no table: angles and decays are evaluated from integers, without float64 (unless q and k are float64), so
+    It keeps no table: angles and decay are evaluated from integers, without float64 (unless q and k are float64), so
     that neither `.half()`, nor autocast, nor an earlier call changes a result. ValueError if a rate is not finite, or a
     lambda is above 0, with which scores would grow with distance.
     """
 
-    increments: Tensor
+    fixed_point_rates: Tensor
 
     def __init__(self, rates: Sequence[complex], interleaved: bool = True):
         super().__init__()
@@ -223,47 +110,69 @@ class PositionModule(nn.Module):
             if not cmath.isfinite(rate) or rate.real > 0:
                 raise ValueError(f"rates must be finite, and their real parts at most 0, got {rate}")
         self._rates = rates
-        bits = max((-rate.real for rate in rates), default=0.0) / math.log(2)  # a position, of the fastest decay
+        bits = max((-rate.real for rate in rates), default=0.0) / math.log(2)  # per position, of the fastest decay
         self.decays = bits > 0
         self._spans = [max(1, int(2 * most / bits)) if bits else sys.maxsize for most in (4, 32)]
-        # Exponents of 2^32 positions fit an int64, and those within a span are exact to 2^-26.
+        # The binary point of decay exponents: those of 2^32 positions fit an int64, those within a span are exact to
+        # 2^-26.
         self._point = max(0, min(60, 30 - math.frexp(bits)[1]))
-        self._set_increments(self.increments.device if hasattr(self, "increments") else torch.get_default_device())
+        made = hasattr(self, "fixed_point_rates")
+        self.reset_constants(self.fixed_point_rates.device if made else torch.get_default_device())
 
-    def _set_increments(self, device: torch.device) -> None:
-        # No buffer, for averages of weights take these in; never on the meta device, from where nothing brings it back.
+    def reset_constants(self, device: torch.device) -> None:
+        """Make the tensors that follow from the rates anew on `device`, or on the CPU in place of the meta device."""
+        # Not a buffer: averages of weights include buffers, and `to_empty` leaves them undefined.
         exponents = [rate.real / math.log(2) for rate in self.rates]
         # Turns, fixed-point decays, and decays as bits of float64: in one row, for a compiler might take a dimension of
         # 3 to be one of x.
-        words = as_turns(self.rates) + [round(exponent * 2**self._point) for exponent in exponents]
+        words = in_turns(self.rates) + [round(exponent * 2**self._point) for exponent in exponents]
         words += [struct.unpack("q", struct.pack("d", exponent))[0] for exponent in exponents]
         device = torch.device("cpu") if device.type == "meta" else device
-        self.increments = torch.tensor(words, dtype=torch.int64, device=device)
+        self.fixed_point_rates = torch.tensor(words, dtype=torch.int64, device=device)
 
-    def _apply(self, fn, recurse=True):  # the one place that all of .to(), .half(), .to_empty() come through
+    def _apply(self, fn, recurse=True):  # .to(), .half(), .to_empty() all call this
         super()._apply(fn, recurse)
-        self._set_increments(fn(self.increments).device)
+        self.reset_constants(fn(self.fixed_point_rates).device)
         return self
 
-    def table(self, positions: Tensor, dtype: torch.dtype, exponents: Tensor | None = None) -> Tensor:
-        """What pairs at integer positions are multiplied by: (rows, *positions.shape, i) in `dtype`, float32 or wider.
+    def _constants(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Turns, decays in fixed point, and decays as bits of float64, (i,) each."""
+        return self.fixed_point_rates.to(device).view(3, -1).unbind()
 
-        Rows are cosine, sine and, if the encoding decays, the factors of queries and of keys: at `exponents`, in the
-        same shape, if they are given.
+    def angles(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Cosine and sine of each pair's angle at integer positions (...): (2, ..., i), float32 or float64.
+
+        In float32 within 1e-7, at every position.
         """
-        turns, decay, decay_bits = self.increments.to(positions.device).view(3, -1).unbind()
-        rows = [cos_and_sin(positions, turns, dtype)]
-        if self.decays:
-            sign = 1 - 2 * torch.arange(2, device=positions.device).view(2, *[1] * positions.ndim, 1)
-            steps = (positions if exponents is None else exponents)[..., None] * sign
-            if dtype == torch.float64:
-                rows.append(torch.exp2(steps.double() * decay_bits.view(torch.float64)))
-            else:
-                exponent = steps * decay
-                fraction = exponent & (2**self._point - 1)
-                factor = torch.exp2(fraction.to(dtype) / 2**self._point)
-                rows.append(torch.exp2((exponent >> self._point).to(dtype)) * factor)
-        return as_table(rows)
+        return cos_and_sin(positions, self._constants(positions.device)[0], dtype)
+
+    def decay(self, distances: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """exp(lambda_i t) of each pair at integer distances t (...): (..., i), float32 or float64.
+
+        A factor below 2^-80 is 0: the other factor of a score is at most 2^40 wherever this one is used, so that no
+        score changes by more than 2^-40 of q and k, and CPUs are slow on the subnormal numbers that would follow.
+        """
+        factor = self._decay(distances, dtype)
+        return torch.where(factor < SMALLEST_FACTOR, 0, factor)
+
+    def _decay(self, distances: Tensor, dtype: torch.dtype) -> Tensor:
+        _, decay, decay_bits = self._constants(distances.device)
+        if dtype == torch.float64:
+            return torch.exp2(distances[..., None].double() * decay_bits.view(torch.float64))
+        exponent = distances[..., None] * decay
+        fraction = exponent & (2**self._point - 1)
+        return torch.exp2((exponent >> self._point).to(dtype)) * torch.exp2(fraction.to(dtype) / 2**self._point)
+
+    def _tables(self, positions: Tensor, exponents: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Cosine, sine and, None without decay, the factors of queries and keys at these exponents, (..., i) each."""
+        dtype = at_least_float32(dtype)
+        if not self.decays:
+            (angles,) = materialise(self.angles(positions, dtype))
+            return *angles.unbind(), None, None
+        sign = 1 - 2 * torch.arange(2, device=exponents.device).view(2, *[1] * exponents.ndim)
+        factors = self._decay(exponents * sign, dtype)
+        angles, factors = materialise(self.angles(positions, dtype), factors)
+        return *angles.unbind(), *factors.unbind()
 
     def rotate(
         self, q: Tensor, k: Tensor, q_positions: Tensor, k_positions: Tensor, origin: int | Tensor = 0
@@ -273,21 +182,15 @@ class PositionModule(nn.Module):
         Args:
             q, k: (..., n, head_dim); their n may differ.
             q_positions, k_positions: integers, (n,) or with leading dimensions that broadcast against those of q and k.
-            origin: the position from which both are measured. Scores do not depend on it; how far the intermediate
+            origin: the position from which decay is measured. Scores do not depend on it; how far the intermediate
                 numbers are from 1 does.
         """
-        q_table = self.table(q_positions - origin, at_least_float32(q.dtype))
+        q_tables = self._tables(q_positions, q_positions - origin, q.dtype)
         same = k_positions is q_positions and k.dtype == q.dtype
-        k_table = q_table if same else self.table(k_positions - origin, at_least_float32(k.dtype))
-        return self.rotated(q, q_table), self.rotated(k, k_table, inverse=True)
-
-    def rotated(self, x: Tensor, table: Tensor | None, inverse: bool = False) -> Tensor:
-        """Queries, or keys, x (..., d) multiplied by a table (rows, ..., i); unchanged if it is None."""
-        if table is None:
-            return x
-        factor = table[3 if inverse else 2] if len(table) > 2 else None
-        rotate = Rotation.apply if torch.compiler.is_dynamo_compiling() else rotate_pairs
-        return rotate(x, table[0], table[1], factor, self.interleaved, False)  # type: ignore[return-value]
+        k_tables = q_tables if same else self._tables(k_positions, k_positions - origin, k.dtype)
+        cos, sin, factor, _ = q_tables
+        k_cos, k_sin, _, k_factor = k_tables
+        return rotate(q, cos, sin, factor, self.interleaved), rotate(k, k_cos, k_sin, k_factor, self.interleaved)
 
     def max_span(self, dtype: torch.dtype) -> int:
         """How many consecutive positions one origin, in their middle, can serve for q and k of `dtype`.
@@ -299,10 +202,55 @@ class PositionModule(nn.Module):
         return self._spans[0 if dtype == torch.float16 else 1]  # torch 2.11 compiles no index that is a bool
 
 
-def as_table(rows: list[Tensor]) -> Tensor:
-    """Rows as one tensor that a compiler writes to memory: it would evaluate them anew for every head and batch row."""
-    table = torch.cat(rows)
-    return torch.as_strided(table, table.shape, table.stride()) if torch.compiler.is_compiling() else table
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """What the queries or the keys of a forward are rotated and scaled by.
+
+    Attributes:
+        cos, sin: of each pair's angle, (rows, n, 1, i), rows being b or 1; None if nothing is rotated.
+        factor: likewise, or None.
+        interleaved: how channels pair up.
+    """
+
+    cos: Tensor | None
+    sin: Tensor | None
+    factor: Tensor | None
+    interleaved: bool
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x (b, n, heads, d), rotated and scaled; x's dtype."""
+        if self.cos is None or self.sin is None:
+            return x
+        return rotate(x, self.cos, self.sin, self.factor, self.interleaved)
+
+
+def make_rotary(
+    positions: PositionModule,
+    at: Tensor,
+    q_exponents: Tensor | None,
+    k_exponents: Tensor | None,
+    query_factor: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Rotary, Rotary]:
+    """For queries and keys of `dtype` at positions (rows, n), the tables in memory.
+
+    Exponents are the distances at which they decay, (1 or rows, n), None for no decay; query_factor, (rows, n) or None,
+    is one more factor of queries.
+    """
+    dtype, scaled = at_least_float32(dtype), query_factor is not None
+    if not any(positions.rates) and not scaled:
+        unchanged = Rotary(None, None, None, positions.interleaved)
+        return unchanged, unchanged
+    exponents = [q_exponents if positions.decays else None, k_exponents if positions.decays else None]
+    factors = [None if each is None else positions.decay(each.expand_as(at), dtype) for each in exponents]
+    if query_factor is not None:
+        ones = torch.ones(len(positions.rates), dtype=dtype, device=at.device)
+        factors[0] = query_factor.to(dtype)[..., None] * (ones if factors[0] is None else factors[0])
+    rows = [positions.angles(at, dtype), *(factor[None] for factor in factors if factor is not None)]
+    (cos, sin), *in_memory = (table[..., None, :] for table in materialise(*rows))
+    tables = [None if factor is None else in_memory.pop(0)[0] for factor in factors]
+    q_rotary, k_rotary = (Rotary(cos, sin, table, positions.interleaved) for table in tables)
+    return q_rotary, k_rotary
 
 
 def within_wavelength(rates: Sequence[complex], max_wavelength: float | None) -> tuple[complex, ...]:
@@ -352,8 +300,8 @@ class RotaryEmbedding(PositionModule):
         ValueError if x is no floating-point tensor of that width, or offset is negative or no integer.
         """
         positions, _ = self._positions(x, offset)
-        cos, sin = self.table(positions, at_least_float32(x.dtype))[:2]
-        return rotate_pairs(x, cos, sin, interleaved=self.interleaved)
+        (angles,) = materialise(self.angles(positions, at_least_float32(x.dtype)))
+        return rotate_pairs(x, *angles.unbind(), interleaved=self.interleaved)
 
     def _positions(self, x: Tensor, offset: SupportsIndex | Tensor) -> tuple[Tensor, int | Tensor]:
         """Positions of x's rows, and the offset as a plain number or a tensor."""
@@ -366,3 +314,94 @@ class RotaryEmbedding(PositionModule):
         elif offset.numel() != 1 or offset.is_floating_point():
             raise ValueError(f"offset must be one integer, got {offset.dtype} {tuple(offset.shape)}")
         return torch.arange(x.shape[-2], device=x.device) + offset, offset
+
+
+def zetas(head_dim: int) -> list[float]:
+    """zeta_i = (i / (d/2) + 0.4) / 1.4 for the d/2 pairs."""
+    return [(2 * i / head_dim + GAMMA) / (1 + GAMMA) for i in range(head_dim // 2)]
+
+
+class XPOS(RotaryEmbedding):
+    """xPos: the rates of rotary embedding with lambda_i = ln(zeta_i) / scale_base, so that scores decay with distance.
+
+    Args:
+        head_dim: channels of a head; even.
+        scale_base: positions over which pair i decays by zeta_i. Use half the training length; the authors' 512
+            belongs to their 1024. May be set again later.
+        max_wavelength: pairs with a longer wavelength, in positions, neither rotate nor decay (partial xPos): they
+            are content that is compared at any distance. None: all pairs do.
+        base, interleaved: see `RotaryEmbedding`.
+
+    `scale` holds zeta as a float32 buffer, (head_dim / 2,), so that state dicts are those of torchscale and zeta.
+    Nothing is computed from it: a state dict may lack it, as RoPE's do; loading other values is an error. ValueError if
+    scale_base is not positive, or as `RotaryEmbedding`.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        head_dim: int,
+        scale_base: float = 512,
+        *,
+        base: float = 10000.0,
+        max_wavelength: float | None = None,
+        interleaved: bool = True,
+    ):
+        super().__init__(head_dim, base=base, max_wavelength=max_wavelength, interleaved=interleaved)
+        self.scale_base = scale_base
+        self.register_buffer("scale", torch.tensor(zetas(self.head_dim), dtype=torch.float32))
+        self.register_load_state_dict_pre_hook(replace_scale)
+
+    @property
+    def scale_base(self) -> float:
+        return self._scale_base
+
+    @scale_base.setter
+    def scale_base(self, value: float) -> None:
+        if not 0 < value < math.inf:
+            raise ValueError(f"scale_base must be above 0 and finite, got {value}")
+        self._scale_base = value
+        self.rates = [
+            complex(math.log(zeta) / value, rate.imag) if rate else 0j
+            for zeta, rate in zip(zetas(self.head_dim), self.rates, strict=True)
+        ]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale_base={self.scale_base:g}"
+
+    def forward(self, x: Tensor, offset: int | Tensor = 0, downscale: bool = False) -> Tensor:
+        """Encode x (..., seq_len, head_dim), all queries or all keys, as torchscale and zeta do; x's shape and dtype.
+
+        Row j is rotated by position offset + j and scaled by zeta^(e/scale_base) with the length-centred
+        e = offset + j - (seq_len + offset + 1) // 2; `downscale`, for keys, scales by the inverse. Queries and keys
+        therefore fit together if seq_len + offset is the same for both. The factors grow with seq_len, as theirs do,
+        and overflow at about 140 scale_base rows in float32 and 17 in float16. `rotate` needs no such care: it takes
+        queries and keys with the positions of both; the numbers that all of this follows from are `rates`.
+
+        ValueError if x is no floating-point tensor of that width, or offset is neither an integer from 0 on nor an
+        integer tensor with one element.
+        """
+        positions, offset = self._positions(x, offset)
+        exponents = positions - (x.shape[-2] + offset + 1) // 2
+        cos, sin, up, down = self._tables(positions, exponents, x.dtype)
+        return rotate_pairs(x, cos, sin, down if downscale else up, self.interleaved)
+
+    def reset_constants(self, device: torch.device) -> None:
+        super().reset_constants(device)
+        if "scale" in dict(self.named_buffers()):  # .half() rounded it, .to_empty() left it undefined
+            self.scale = torch.tensor(zetas(self.head_dim), dtype=torch.float32, device=self.scale.device)
+
+
+def replace_scale(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Before a state dict is loaded: a `scale` that is missing or, up to its dtype, zeta becomes zeta; others fail."""
+    assert isinstance(module, XPOS)
+    own = torch.tensor(zetas(module.head_dim), dtype=torch.float32, device="cpu")
+    loaded = state_dict.setdefault(prefix + "scale", own if module.scale.is_meta else own.to(module.scale.device))
+    if loaded.shape != own.shape or loaded.is_meta:
+        return
+    if not torch.allclose(loaded.float().cpu(), own, rtol=torch.finfo(torch.bfloat16).eps):
+        args[-1].append(
+            f"{prefix}scale must be (i / (head_dim/2) + 0.4) / 1.4 for head_dim={module.head_dim}, got {loaded}"
+        )
+    state_dict[prefix + "scale"] = own.to(loaded.device)

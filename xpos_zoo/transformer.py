@@ -4,24 +4,23 @@ Axes: b batch, n sequence.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu
+from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
-from xpos_zoo.attention import NORM_EPS, MultiHeadAttention, plan_layers
+from xpos_zoo.attention import NORM_EPS, MultiHeadAttention
 from xpos_zoo.bias import DistanceBias, QueryScaling
-from xpos_zoo.cache import KeyValueCache, LayerCache
-from xpos_zoo.checks import require_integers, require_sizes
-from xpos_zoo.plan import Plan
+from xpos_zoo.cache import KeyValueCache
+from xpos_zoo.checks import require_sizes
+from xpos_zoo.generation import check_tokens, generate, stream
+from xpos_zoo.plan import LayerPlan, plan_attention
 from xpos_zoo.pretrained import KNOWN, TransformerConfig, from_named, read_folder, to_named, write_folder
-from xpos_zoo.rotary import PositionModule
-from xpos_zoo.sampling import check_sampling, sample
-from xpos_zoo.xpos import XPOS
+from xpos_zoo.rotary import XPOS, PositionModule
 
 
 class FeedForward(nn.Module):
@@ -48,8 +47,8 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(attention.embed_dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, plan: Plan | None = None, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache, plan=plan))
+    def forward(self, x: Tensor, plan: LayerPlan) -> Tensor:
+        x = x + self.dropout(self.attention.attend(self.attention_norm(x), plan))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -68,19 +67,6 @@ def each_layer(name: str, value: Any, num_layers: int) -> list[Any]:
 def one_or_list(values: list[Any]) -> Any:
     """The inverse of `each_layer`."""
     return values[0] if all(value == values[0] for value in values) else values
-
-
-def setting(name: str, what: str) -> Any:
-    """A property of `Transformer` that is the attribute of that name of each layer's attention."""
-
-    def read(self: "Transformer") -> Any:
-        return one_or_list([getattr(attention, name) for attention in self.attentions])
-
-    def write(self: "Transformer", value: Any) -> None:
-        for attention, own in zip(self.attentions, each_layer(name, value, len(self.layers)), strict=True):
-            setattr(attention, name, own)
-
-    return property(read, write, doc=f"{what}, of all layers, or a list with one for each where they differ.")
 
 
 class Transformer(nn.Module):
@@ -139,7 +125,7 @@ class Transformer(nn.Module):
         if tie_embeddings:
             self.head.weight = self.embedding.weight
         self.reset_parameters()
-        self.block_size, self.query_scaling, self.distance_bias = block_size, query_scaling, distance_bias  # as given
+        self.set_attention(block_size=block_size, query_scaling=query_scaling, distance_bias=distance_bias)
         self.to(device, dtype)
 
     def reset_parameters(self) -> None:
@@ -155,16 +141,54 @@ class Transformer(nn.Module):
     def attentions(self) -> list[MultiHeadAttention]:
         return [layer.attention for layer in self.layers]  # type: ignore[union-attr]
 
-    block_size = setting("block_size", "None for dense attention, else the block size of blockwise attention")
-    query_scaling = setting("query_scaling", "None, or a `QueryScaling` such as `LogNScaling`")
-    distance_bias = setting("distance_bias", "None, or a `DistanceBias` such as `SoftTail`")
-    cp_mesh = setting("cp_mesh", "None, or the `DeviceMesh` of context parallelism: tokens and logits are of one rank")
+    def set_attention(self, **settings: Any) -> None:
+        """Set positions (modules), block_size, query_scaling, distance_bias or cp_mesh of all layers.
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(getattr(type(self), name, None), property):
-            object.__setattr__(self, name, value)  # a bias that is a module belongs to the layers, not to the model
-        else:
-            super().__setattr__(name, value)
+        A list has a value for each layer, anything else is every layer's. ValueError as for
+        `MultiHeadAttention.set_attention`, or if a list has another length.
+        """
+        lists = {name: each_layer(name, value, len(self.layers)) for name, value in settings.items()}
+        for i, attention in enumerate(self.attentions):
+            attention.set_attention(**{name: values[i] for name, values in lists.items()})
+
+    def _setting(self, name: str) -> Any:
+        return one_or_list([getattr(attention, name) for attention in self.attentions])
+
+    @property
+    def block_size(self) -> int | list[int | None] | None:
+        """None for dense attention, else the block size, of all layers; a list where they differ. May be set."""
+        return self._setting("block_size")
+
+    @block_size.setter
+    def block_size(self, value: int | list[int | None] | None) -> None:
+        self.set_attention(block_size=value)
+
+    @property
+    def query_scaling(self) -> Any:
+        """None, or a `QueryScaling` such as `LogNScaling`, of all layers; a list where they differ. May be set."""
+        return self._setting("query_scaling")
+
+    @query_scaling.setter
+    def query_scaling(self, value: Any) -> None:
+        self.set_attention(query_scaling=value)
+
+    @property
+    def cp_mesh(self) -> Any:
+        """None, or the `DeviceMesh` of context parallelism: tokens and logits are then of one rank. May be set."""
+        return self._setting("cp_mesh")
+
+    @cp_mesh.setter
+    def cp_mesh(self, value: Any) -> None:
+        self.set_attention(cp_mesh=value)
+
+    @property
+    def distance_bias(self) -> Any:
+        """None, or a `DistanceBias`, of all layers; a list where they differ. May be set (modules: `set_attention`)."""
+        return self._setting("distance_bias")
+
+    @distance_bias.setter
+    def distance_bias(self, value: Any) -> None:
+        self.set_attention(distance_bias=value)
 
     @property
     def config(self) -> TransformerConfig:
@@ -219,6 +243,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         cache: KeyValueCache | None = None,
+        *,
         lengths: Tensor | None = None,
         document_ids: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
@@ -230,105 +255,28 @@ class Transformer(nn.Module):
         """
         check_tokens(tokens)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            logits = self.head(self._features(self.embedding(tokens), cache, lengths, document_ids, key_padding_mask))
+            x = self.embedding(tokens)
+            logits = self.head(
+                self.hidden_states(
+                    x, cache, lengths=lengths, document_ids=document_ids, key_padding_mask=key_padding_mask
+                )[-1]
+            )
             if cache is not None:
                 cache.advance()
         return logits
 
-    def _features(
-        self, x: Tensor, cache: KeyValueCache | None, *others: Tensor | None, states: list[Tensor] | None = None
-    ) -> Tensor:
-        """What the head is given, (b, n, embed_dim), for embedded tokens x (b, n, embed_dim); others as `forward`.
-
-        What each layer is given is appended to `states`.
-        """
-        plans = plan_layers(self.attentions, x, cache, *others)
-        for i, (layer, plan) in enumerate(zip(self.layers, plans, strict=True)):
-            if states is not None:
-                states.append(x)
+    def hidden_states(self, x: Tensor, cache: KeyValueCache | None = None, **others: Tensor | None) -> list[Tensor]:
+        """What each layer is given, and what the head is, (b, n, embed_dim) each, for embedded tokens x; others as for
+        `forward`. The cache is not advanced."""
+        plans = plan_attention(self.attentions, x, cache, **others)
+        states = []
+        for layer, plan in zip(self.layers, plans, strict=True):
+            states.append(x)
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
                 x = checkpoint(layer, x, plan, use_reentrant=False)
             else:
-                x = layer(x, plan, None if cache is None else cache[i])
-        return self.norm(x)
+                x = layer(x, plan)
+        return [*states, self.norm(x)]
 
-    def generate(self, tokens: Tensor, max_new_tokens: int, *, lengths: Tensor | None = None, **options: Any) -> Tensor:
-        """Continue each row of tokens (b, n): (b, n + up to max_new_tokens).
-
-        Each row's new tokens follow its own end; with `lengths`, what remains on the right is still padding. All
-        arguments are those of `stream`.
-        """
-        stream = self.stream(tokens, max_new_tokens, lengths=lengths, **options)
-        ends = tokens.shape[1] if lengths is None else lengths.long()
-        rows = torch.arange(len(tokens), device=tokens.device)
-        for count, new in enumerate(stream):
-            tokens = pad(tokens, (0, 1))
-            tokens[rows, ends + count] = new
-        return tokens
-
-    def stream(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        *,
-        lengths: Tensor | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos: int | None = None,
-        seed: int | None = None,
-        decode: Callable[..., Tensor] | None = None,
-    ) -> Iterator[Tensor]:
-        """Continue each row of tokens (b, n): an iterator over (b,), the rows' next tokens.
-
-        Works at any length from a cache; with `block_size` set, in constant memory and time a token. Call `eval()`
-        first if the model has dropout.
-
-        Args:
-            tokens: the prompts, at least one token each.
-            max_new_tokens: when to stop.
-            lengths: tokens of each prompt, (b,), if the prompts are padded on the right; each goes on as if alone.
-            temperature, top_k, top_p: how to draw; see `xpos_zoo.sampling.sample`. Temperature 0 is greedy.
-            eos: token that ends a row, which then repeats it; when all rows have ended, so does the iterator.
-            seed: of the random numbers; by default torch's own go on.
-            decode: what to call for a step instead of this model, such as `torch.compile(model, fullgraph=True)`.
-
-        ValueError, at once, if an argument is out of range or has another shape.
-        """
-        check_tokens(tokens)
-        n = tokens.shape[1]
-        if n == 0:
-            raise ValueError(f"tokens must have at least one token a row, got {tuple(tokens.shape)}")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be 0 or above, got {max_new_tokens}")
-        if lengths is not None:
-            require_integers("lengths", lengths, tokens.shape[:1])
-            if not ((lengths > 0) & (lengths <= n)).all():
-                raise ValueError(f"lengths must be from 1 to seq_len={n}, got {lengths.tolist()}")
-        check_sampling(temperature, top_k, top_p)
-        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-
-        @torch.no_grad()
-        def steps() -> Iterator[Tensor]:  # apart, so that errors are raised before the first step
-            cache = self.make_cache(len(tokens), n + max_new_tokens)
-            features = self._features(self.embedding(tokens), cache, lengths)
-            cache.advance()
-            rows = torch.arange(len(tokens), device=tokens.device)
-            logits = self.head(features[rows, -1 if lengths is None else lengths - 1])
-            ended = torch.zeros_like(rows, dtype=torch.bool)
-            for left in reversed(range(max_new_tokens)):
-                new = sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
-                if eos is not None:
-                    new = new.masked_fill(ended, eos)
-                    ended |= new == eos
-                yield new
-                if left == 0 or (eos is not None and ended.all()):
-                    return
-                logits = (self if decode is None else decode)(new[:, None], cache)[:, -1]
-
-        return steps() if max_new_tokens else iter(())
-
-
-def check_tokens(tokens: Tensor) -> None:
-    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"tokens must be int64 or int32 (batch, seq_len), got {tokens.dtype} {tuple(tokens.shape)}")
+    generate = generate
+    stream = stream
