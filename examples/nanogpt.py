@@ -1,7 +1,8 @@
 """nanoGPT with xPos: train on rows of 64 bytes, then read 4096 in one go with the same weights.
 
 Two changes to nanoGPT's model: `MultiHeadAttention` in its Block, and no table of learned positions, which would end
-where training did. (Its `block_size` is the trained length, LENGTH here; ours is the block of blockwise attention.)
+where training did. (Its `block_size` is the training length, LENGTH here; ours is the block of blockwise attention.)
+`plan_attention` makes position tables and masks once for all blocks.
 """
 
 import inspect
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from xpos_zoo import XPOS, MultiHeadAttention
+from xpos_zoo import XPOS, LayerPlan, MultiHeadAttention, plan_attention
 
 LENGTH = 64
 EMBED_DIM, NUM_HEADS, NUM_LAYERS = 64, 4, 2
@@ -26,8 +27,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(EMBED_DIM)
         self.mlp = nn.Sequential(nn.Linear(EMBED_DIM, 4 * EMBED_DIM), nn.GELU(), nn.Linear(4 * EMBED_DIM, EMBED_DIM))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, plan: LayerPlan) -> Tensor:
+        x = x + self.attn.attend(self.ln_1(x), plan)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -41,8 +42,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.wte(tokens)
-        for block in self.h:
-            x = block(x)
+        for block, plan in zip(self.h, plan_attention([block.attn for block in self.h], x), strict=True):
+            x = block(x, plan)
         return self.lm_head(self.ln_f(x))
 
 

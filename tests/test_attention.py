@@ -3,7 +3,10 @@
 Axes: b batch, h heads, g key-value heads, n sequence, d head dimension; w is the block size.
 """
 
+import re
 from functools import partial
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -26,6 +29,7 @@ from reference import (
     inputs,
     normal,
     relative_error,
+    roundoff,
     sloped,
     tails,
     visible,
@@ -174,6 +178,19 @@ def test_the_block_equals_the_formula(n, b, query_scaling, distance_bias, docume
     autocast = autocast if dtype == torch.float32 else None
     with mock.patch.object(dense, "MASK_CHUNK", chunk), mock.patch.object(dense, "GAIN_CHUNK", chunk):
         assert_block_is_exact(module, normal(0, b, n, 13, dtype=dtype), autocast=autocast, document_ids=ids)
+
+
+def test_the_formula_on_the_page_of_how_it_works_is_what_a_block_computes():
+    names: dict[str, Any] = {}
+    page = (Path(__file__).parents[1] / "docs" / "how_it_works.md").read_text()
+    exec(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0], names)
+    xpos = XPOS(8, 4)
+    rates = torch.tensor(xpos.rates, dtype=torch.complex128)
+    q, k, v = (normal(i, 50, 8, dtype=torch.float64) for i in range(3))
+    ours = attended(q[None, None], k[None, None], v[None, None], xpos)
+    assert relative_error(ours[0, 0], names["attention"](q, k, v, rates.imag, rates.real)) <= 1000 * roundoff(
+        torch.float64
+    )
 
 
 def test_dropout_acts_in_training_alone():
