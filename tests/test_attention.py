@@ -11,23 +11,14 @@ from unittest import mock
 
 import pytest
 import torch
+from builders import DTYPES, HALVES, PATTERNS, LearnedBias, Operations, attended, block, document_ids, inputs, normal
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import (
-    DTYPES,
-    HALVES,
-    PATTERNS,
     Encoding,
-    LearnedBias,
-    Operations,
     assert_attends_exactly,
     assert_block_is_exact,
-    attended,
-    block,
-    document_ids,
     encodings,
-    inputs,
-    normal,
     relative_error,
     roundoff,
     sloped,

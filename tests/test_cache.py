@@ -11,21 +11,15 @@ from unittest import mock
 
 import pytest
 import torch
+from builders import DTYPES, HALVES, PATTERNS, attending, block, double, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import (
-    DTYPES,
-    HALVES,
-    PATTERNS,
     Encoding,
     assert_attends_exactly,
-    attending,
-    block,
     difference,
-    double,
     encodings,
     multi_head_attention,
-    normal,
     relative_error,
     roundoff,
     sloped,
@@ -142,7 +136,7 @@ def test_dense_decode_at_131072_keys_attends_by_the_formula(dtype):
     module, x = attending(q, k[..., -1:, :], v[..., -1:, :], positions)
     cache = module.make_cache(1, n, dtype=dtype)
     at, old = torch.arange(n - 1), k[..., :-1, :]
-    cache[0].k[..., : n - 1, :] = positions.rotate(old, old, at, at, at - at % cache[0].layout.segment_length)[1]
+    cache[0].k[..., : n - 1, :] = positions.rotate(old, old, at, at, at - at % cache[0].segment_length)[1]
     cache[0].v[..., : n - 1, :] = v[..., :-1, :]
     cache.length += n - 1
     actual = in_pieces(module, x, cache, [1])
@@ -224,3 +218,31 @@ def test_decode_runs_in_a_cuda_graph(block_size, compiler_counts):
             outputs.append(compiled(x[:, i : i + 1], cache=cache).clone())
     assert not compiler_counts["inductor"]["cudagraph_skips"]
     assert relative_error(torch.cat(outputs, 1), module(x)) <= CONTRACT
+
+
+@PATTERNS
+def test_a_state_dict_of_more_tokens_loads_into_a_new_cache_that_grows(block_size):
+    module, x = decoder(block_size), normal(0, 2, 310, 32)
+    cache, fresh = module.make_cache(2), module.make_cache(2)
+    expected = module(x)[:, 300:]
+    module(x[:, :300], cache=cache)
+    fresh.load_state_dict(cache.state_dict())
+    assert relative_error(module(x[:, 300:], cache=fresh), expected) <= CONTRACT
+    others = decoder(16), block(positions=partial(XPOS, scale_base=3), block_size=block_size)
+    for other in (module.make_cache(3), *(each.make_cache(2) for each in others)):
+        with pytest.raises(ValueError, match="state_dict"):
+            fresh.load_state_dict(other.state_dict())
+        assert fresh.length.tolist() == [310, 310]
+
+
+@PATTERNS
+def test_a_cache_serves_inference_mode_and_no_grad_in_turn(block_size):
+    module, x = decoder(block_size), normal(0, 2, 700, 32)
+    expected, outputs = module(x), []
+    with torch.inference_mode():
+        cache = module.make_cache(2)
+    for i, piece in enumerate(x.split(100, dim=1)):
+        with torch.inference_mode(i % 2 == 0):
+            outputs.append(module(piece, cache=cache).clone())
+            cache = cache.select(torch.arange(2)) if i == 3 else cache
+    assert relative_error(torch.cat(outputs, dim=1), expected) <= CONTRACT

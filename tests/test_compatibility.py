@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from reference import PATTERNS, attention, block, double, multi_head_attention, normal, relative_error, roundoff
+from builders import PATTERNS, block, double, normal
+from reference import attention, multi_head_attention, relative_error, roundoff
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from reference import PATTERNS, block, model, normal, relative_error, roundoff, tokens
+from builders import PATTERNS, block, model, normal, tokens
+from reference import relative_error, roundoff
 from torch import Tensor, nn
 
 from xpos_zoo import (

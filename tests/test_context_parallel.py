@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from reference import DTYPES, LearnedBias, Operations, block, difference, double, model, normal, roundoff, tokens
+from builders import DTYPES, LearnedBias, Operations, block, double, model, normal, tokens
+from reference import difference, roundoff
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor

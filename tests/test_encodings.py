@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from reference import block, normal, relative_error, roundoff, theta
+from builders import block, normal
+from reference import relative_error, roundoff, theta
 from torch import Tensor
 
 from study.encodings import ntk_scaled, yarn

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from reference import block, model, tokens
+from builders import block, model, tokens
 
 from xpos_zoo import (
     XPOS,
@@ -45,7 +45,7 @@ CASES = [
     (lambda: RotaryEmbedding(7), "head_dim must be even and above 0, got 7"),
     (lambda: setattr(XPOS(8), "scale_base", math.nan), "scale_base must be above 0 and finite, got nan"),
     (lambda: XPOS(8, max_wavelength=6), "max_wavelength must leave a pair: at least 6.283, got 6"),
-    (lambda: XPOS(8, max_wavelength=-1), "max_wavelength must be above 0, or None for all pairs, got -1"),
+    (lambda: XPOS(8, max_wavelength=-1), "max_wavelength must be above 0 and finite, got -1"),
     (lambda: PositionModule([0.1 + 1j]), "rates must be finite, and their real parts at most 0, got (0.1+1j)"),
     (lambda: XPOS(6)(x), "x must have shape (..., seq_len, head_dim=6), got (2, 5, 8)"),
     (lambda: XPOS(8)(x.int()), "x must have a floating-point dtype, got torch.int32"),
@@ -53,7 +53,7 @@ CASES = [
     # What changes logits
     (lambda: SoftTail(math.nan, 10), "power must be 0 or above and finite, got nan"),
     (lambda: ScaleInvariant(0.0), "tau must be above 0 and finite, got 0.0"),
-    (lambda: ScaleInvariant(discount=1), "trained_length must be above 0, got None"),
+    (lambda: ScaleInvariant(discount=1), "trained_length must be above 0 and finite, got None"),
     (lambda: ScaleInvariant(10, -1, 9), "discount must be 0 or above and finite, got -1"),
     (lambda: LogNScaling(math.inf, 10), "coefficient must be 0 or above and finite, got inf"),
     # Attention
@@ -78,9 +78,9 @@ CASES = [
     (lambda: dense.make_cache(2).crop(torch.tensor([3])), "lengths must be integers of shape (2,), got torch"),
     (lambda: model(block_size=[4, None]).make_cache(2).crop(3), "block_size must be None to crop a cache: blocks ov"),
     (lambda: dense(h, cache=dense.make_cache(2, 9)[0]), "cache must be one of make_cache, got LayerCache"),
-    (lambda: with_cache(dense, blockwise), "needs block_size=None, segment_length=16, was made with block_si"),
+    (lambda: with_cache(dense, blockwise), "needs block_size=None, segment_length=2048, was made w"),
     (lambda: with_cache(dense, batch_size=3), "cache does not match this layer: needs batch_size=2, was made"),
-    (lambda: with_cache(dense, block(positions=partial(XPOS, scale_base=2))), "needs segment_length=16, was"),
+    (lambda: with_cache(dense, block(positions=partial(XPOS, scale_base=2))), "positions had other rates when it wa"),
     (lambda: with_cache(dense, dtype=torch.float16), "cache must hold the block's dtype torch.float32, got torch.flo"),
     (lambda: with_cache(dense, lengths=[5, 5]), "lengths must be a tensor of integers, got [5, 5]"),
     (lambda: with_cache(dense, lengths=torch.tensor([5, 6])), "lengths must be between 0 and seq_len=5, got [5, 6]"),
@@ -98,13 +98,23 @@ CASES = [
     (lambda: language(words, model(1, block_size=8).make_cache(2)), "cache does not match the model: needs 2 layers"),
     # Generation: raised by the call, not by the first token
     (lambda: language.stream(words[:, :0], 5), "tokens must have at least one token a row, got (2, 0)"),
-    (lambda: language.generate(words, -1), "max_new_tokens must be 0 or above, got -1"),
+    (lambda: language.generate(words, -1), "max_new_tokens must be 0 or above and an integer, got -1"),
+    (lambda: language.stream(words, 2.5), "max_new_tokens must be 0 or above and an integer, got 2.5"),  # type: ignore[arg-type]
+    (lambda: language.stream(words, 2, top_k=2.5), "top_k must be 1 or above and an integer, got 2.5"),  # type: ignore[arg-type]
+    (lambda: language.stream(words + 99, 2), "tokens must be from 0 to 49, got"),
+    (lambda: language.stream(words - 9, 2), "tokens must be from 0 to 49, got"),
+    (lambda: language.stream(words, 2, eos=[3, 50]), "eos must be from 0 to 49, got 50"),
+    (lambda: language.stream(words, 2, eos="."), "eos must be from 0 to 49, got '.'"),  # type: ignore[arg-type]
+    (lambda: language.stream([[1, 2]], 2), "tokens must be int64 or int32 (batch, seq_len), got list"),  # type: ignore[arg-type]
+    (lambda: XPOS(8, "64"), "scale_base must be above 0 and finite, got '64'"),  # type: ignore[arg-type]
+    (lambda: setattr(XPOS(8), "base", -1), "base must be above 0 and finite, got -1"),
+    (lambda: setattr(XPOS(8), "max_wavelength", 1), "max_wavelength must leave a pair: at least 6.283, got 1"),
     (lambda: language.stream(words, 5, temperature=-1), "temperature must be 0 or above"),
     (lambda: language.stream(words, 5, top_p=2), "top_p must be above 0 and at most 1, got 2"),
     (lambda: language.generate(words, 5, lengths=[1, 2]), "lengths must be a tensor of integers, got [1, 2]"),  # type: ignore[arg-type]
     (lambda: language.stream(words, 5, lengths=torch.tensor([0, 6])), "lengths must be from 1 to seq_len=5, got [0"),
     (lambda: sample(table, math.nan), "temperature must be 0 or above and finite, got nan"),
-    (lambda: sample(table, top_k=0), "top_k must be 1 or above, got 0"),
+    (lambda: sample(table, top_k=0), "top_k must be 1 or above and an integer, got 0"),
 ]  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from reference import assert_block_is_exact, block, far_apart, model, normal, relative_error, roundoff, tokens
+from builders import block, far_apart, model, normal, tokens
+from reference import assert_block_is_exact, relative_error, roundoff
 from torch import Tensor
 from torch._inductor import config, metrics
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from builders import PATTERNS, far_apart, model
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import PATTERNS, far_apart, model
 
 from xpos_zoo import Transformer
 from xpos_zoo.generation import sample
@@ -67,6 +67,17 @@ def test_an_ended_row_repeats_eos_and_all_ended_rows_end_the_text():
     for row, end in enumerate(first):
         assert torch.equal(given[row, :end], free[row, : min(end, given.shape[1])])
         assert (given[row, end:] == eos).all()
+
+
+def test_any_of_several_tokens_ends_a_row_which_repeats_its_own():
+    lm = language_model(8)
+    free = lm.generate(prompts, 30, temperature=0)[:, 11:]
+    ends = sorted({int(row[4]) for row in free})
+    given = lm.generate(prompts, 30, temperature=0, eos=ends)[:, 11:]
+    for row, expected in zip(given, free, strict=True):
+        end = next(i for i, token in enumerate(expected.tolist()) if token in ends)
+        assert torch.equal(row[: end + 1], expected[: end + 1])
+        assert (row[end:] == expected[end]).all()
 
 
 def test_int32_tokens_go_on_as_int64_ones():

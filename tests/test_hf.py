@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import builders
 import pytest
-import reference
 import torch
-from reference import far_apart, relative_error, roundoff, tokens
+from builders import far_apart, tokens
+from reference import relative_error, roundoff
 from test_pretrained import MODELS, dtypes, make, rewritten
 
 from train.tokens import byte_tokenizer
@@ -28,7 +29,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 
 def written(folder: Path, block_size: int | None = None) -> Transformer:
     """A byte model with large weights, so that logits are far apart, in a folder with its tokenizer."""
-    model = far_apart(reference.model(vocab_size=256, block_size=block_size))
+    model = far_apart(builders.model(vocab_size=256, block_size=block_size))
     model.save_pretrained(folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return model

@@ -6,9 +6,10 @@ Axes: b batch, n sequence.
 from functools import partial
 
 import torch
+from builders import block, model, normal, tokens
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import block, difference, gradients, model, normal, relative_error, sloped, tokens
+from reference import difference, gradients, relative_error, sloped
 from torch import nn
 
 from xpos_zoo import XPOS, LogNScaling, PositionModule, SoftTail

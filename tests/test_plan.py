@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from reference import PATTERNS, Operations, block, model, relative_error, tokens
+from builders import PATTERNS, Operations, block, model, tokens
+from reference import relative_error
 from torch import Tensor
 from torch.distributed.utils import _apply_to_tensors
 

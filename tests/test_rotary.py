@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from builders import DTYPES, HALVES, normal
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import DTYPES, HALVES, Encoding, channels, encode, normal, pairs, relative_error, roundoff, theta
+from reference import Encoding, channels, encode, pairs, relative_error, roundoff, theta
 
 from xpos_zoo import PositionModule, apply_rotary_pos_emb, duplicate_interleave, fixed_pos_embedding, rotate_every_two
 

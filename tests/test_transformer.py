@@ -4,20 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from reference import (
-    DTYPES,
-    Encoding,
-    LearnedBias,
-    assert_as_exact,
-    attention,
-    double,
-    gradients,
-    model,
-    multi_head_attention,
-    normal,
-    plain_attention,
-    tokens,
-)
+from builders import DTYPES, LearnedBias, double, model, normal, tokens
+from reference import Encoding, assert_as_exact, attention, gradients, multi_head_attention, plain_attention
 from torch import Tensor
 from torch.nn.functional import sigmoid
 

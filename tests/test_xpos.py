@@ -10,21 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from builders import DTYPES, HALVES, normal
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import (
-    DTYPES,
-    HALVES,
-    Encoding,
-    encode,
-    gradients,
-    normal,
-    relative_error,
-    roundoff,
-    score_sizes,
-    scores,
-    zeta,
-)
+from reference import Encoding, encode, gradients, relative_error, roundoff, score_sizes, scores, zeta
 from torch import Tensor
 
 from xpos_zoo import XPOS

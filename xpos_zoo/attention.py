@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from xpos_zoo.bias import DistanceBias, QueryScaling
 from xpos_zoo.blockwise import exchange_previous_block, prepend
 from xpos_zoo.cache import KeyValueCache, weight_of
-from xpos_zoo.checks import as_integer, require_sizes
+from xpos_zoo.checks import as_integer, as_sizes
 from xpos_zoo.plan import LayerPlan, plan_attention
 from xpos_zoo.rotary import XPOS, PositionModule
 from xpos_zoo.settings import AttentionSettings
@@ -30,6 +30,15 @@ class HeadRMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def setting(name: str) -> Any:
+    """A property of an attention that is checked when it is set."""
+    hidden = f"_{name}"
+    return property(
+        lambda attention: getattr(attention, hidden),
+        lambda attention, value: setattr(attention, hidden, attention._checked(name, value)),
+    )
 
 
 class MultiHeadAttention(nn.Module):
@@ -56,8 +65,8 @@ class MultiHeadAttention(nn.Module):
         device, dtype: where the module goes, and as what, once it is made.
 
     Attributes that may be set at any time, on a trained model too:
-        block_size, query_scaling, distance_bias, positions (a module): as above. To replace a bias that is a module by
-            one that is none, use `set_attention`.
+        block_size, query_scaling, distance_bias, dropout, positions (a module): as above. To replace a bias that is a
+            module by one that is none, use `set_attention`.
         q_proj, k_proj, v_proj, out_proj: any modules of the same widths, such as quantised ones and adapters.
         cp_mesh: None, or a `DeviceMesh` of one dimension for context parallelism: x is then this rank's part of longer
             rows, which follow each other over its ranks, a multiple of block_size tokens each; so are document_ids.
@@ -87,8 +96,11 @@ class MultiHeadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        require_sizes(embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        embed_dim, num_heads, num_kv_heads = as_sizes(
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+        )
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads={num_heads}, got {num_kv_heads}")
         if head_dim is None:
@@ -98,18 +110,11 @@ class MultiHeadAttention(nn.Module):
                 )
             head_dim = embed_dim // num_heads
         head_dim = as_integer("head_dim", head_dim, allowed="even and above 0", even=True)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if not isinstance(qk_norm, bool):
             raise ValueError(f"qk_norm must be True or False, got {qk_norm!r}")
         if isinstance(positions, nn.Module):
             raise ValueError(f"positions must be called with head_dim to give a module, such as XPOS, got {positions}")
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.qk_norm = qk_norm
-        self.dropout = dropout
+        self._sizes = embed_dim, num_heads, num_kv_heads, head_dim
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
@@ -121,12 +126,13 @@ class MultiHeadAttention(nn.Module):
             block_size=block_size,
             query_scaling=query_scaling,
             distance_bias=distance_bias,
+            dropout=dropout,
             cp_mesh=None,
         )
         self.to(device, dtype)
 
     def set_attention(self, **settings: Any) -> None:
-        """Set any of positions (a module), block_size, query_scaling, distance_bias and cp_mesh.
+        """Set any of positions (a module), block_size, query_scaling, distance_bias, dropout and cp_mesh.
 
         ValueError, and nothing is set, if one is unknown or cannot be what it is given as.
         """
@@ -148,37 +154,27 @@ class MultiHeadAttention(nn.Module):
                 example = "LogNScaling(0.2, 1024)" if name == "query_scaling" else "ScaleInvariant()"
                 if value is not None and (isinstance(value, type) or not callable(value)):
                     raise ValueError(f"{name} must be callable, such as {example}, or None, got {value!r}")
+            case "dropout":
+                if not 0 <= value < 1:
+                    raise ValueError(f"dropout must be in [0, 1), got {value}")
+                return float(value)
             case "cp_mesh":
                 if value is not None and not (isinstance(value, DeviceMesh) and value.ndim == 1):
                     raise ValueError(f"cp_mesh must be a DeviceMesh of one dimension, or None, got {value!r}")
             case _:
-                known = "positions, block_size, query_scaling, distance_bias or cp_mesh"
+                known = "positions, block_size, query_scaling, distance_bias, dropout or cp_mesh"
                 raise ValueError(f"an attention's setting must be {known}, got {name!r}")
         return value
 
-    @property
-    def block_size(self) -> int | None:
-        return self._block_size
-
-    @block_size.setter
-    def block_size(self, value: int | None) -> None:
-        self._block_size = self._checked("block_size", value)
-
-    @property
-    def query_scaling(self) -> QueryScaling | None:
-        return self._query_scaling
-
-    @query_scaling.setter
-    def query_scaling(self, value: QueryScaling | None) -> None:
-        self._query_scaling = self._checked("query_scaling", value)
-
-    @property
-    def cp_mesh(self) -> DeviceMesh | None:
-        return self._cp_mesh
-
-    @cp_mesh.setter
-    def cp_mesh(self, value: DeviceMesh | None) -> None:
-        self._cp_mesh = self._checked("cp_mesh", value)
+    embed_dim = property(lambda self: self._sizes[0])
+    num_heads = property(lambda self: self._sizes[1])
+    num_kv_heads = property(lambda self: self._sizes[2])
+    head_dim = property(lambda self: self._sizes[3])
+    qk_norm = property(lambda self: isinstance(self.q_norm, HeadRMSNorm))
+    block_size = setting("block_size")
+    query_scaling = setting("query_scaling")
+    dropout = setting("dropout")
+    cp_mesh = setting("cp_mesh")
 
     @property
     def settings(self) -> AttentionSettings:

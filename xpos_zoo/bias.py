@@ -4,14 +4,15 @@ Axes: b batch, h heads, n queries, m keys.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from xpos_zoo.checks import require_sizes
+from xpos_zoo.checks import as_integer, as_number
 
 
 class QueryScaling(Protocol):
@@ -45,11 +46,11 @@ def bias_and_gain(distance_bias: DistanceBias | None, distance: Tensor) -> tuple
     return distance_bias(distance), None if gain is None else gain(distance)
 
 
-def check(name: str, value: float, length: int | None) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be 0 or above and finite, got {value}")
-    if length is None or not length > 0:
-        raise ValueError(f"trained_length must be above 0, got {length}")
+def hold_numbers(thing: Any, positive: Sequence[str] = (), or_zero: Sequence[str] = ()) -> None:
+    """Have a frozen dataclass hold these attributes as plain numbers, which can be compared and saved; ValueError if
+    one is negative, infinite, no number, or 0 though it must be positive."""
+    for name in (*or_zero, *positive):
+        object.__setattr__(thing, name, as_number(name, getattr(thing, name), name in positive))
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class SoftTail:
     trained_length: int
 
     def __post_init__(self) -> None:
-        check("power", self.power, self.trained_length)
+        hold_numbers(self, ["trained_length"], ["power"])
 
     def __call__(self, distance: Tensor) -> Tensor:
         return -self.power * torch.log((distance.float() / self.trained_length).clamp(min=1))
@@ -88,10 +89,9 @@ class ScaleInvariant:
     trained_length: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.tau < math.inf:
-            raise ValueError(f"tau must be above 0 and finite, got {self.tau}")
+        hold_numbers(self, ["tau"], ["discount"])
         if self.discount or self.trained_length is not None:
-            check("discount", self.discount, self.trained_length)
+            hold_numbers(self, ["trained_length"])
 
     def gain(self, distance: Tensor) -> Tensor:
         return (2 * torch.log1p(distance.clamp(min=0).float() / self.tau) + 1).sqrt()
@@ -115,7 +115,7 @@ class ALiBi:
     num_heads: int
 
     def __post_init__(self) -> None:
-        require_sizes(num_heads=self.num_heads)
+        object.__setattr__(self, "num_heads", as_integer("num_heads", self.num_heads))
 
     def slopes(self, device: torch.device | None = None) -> Tensor:
         """Of each head, (h,), float32."""
@@ -141,7 +141,7 @@ class LogNScaling:
     trained_length: int
 
     def __post_init__(self) -> None:
-        check("coefficient", self.coefficient, self.trained_length)
+        hold_numbers(self, ["trained_length"], ["coefficient"])
 
     def __call__(self, visible_keys: Tensor, dtype: torch.dtype) -> Tensor:
         return 1 + self.coefficient * torch.log((visible_keys.to(dtype) / self.trained_length).clamp(min=1))
@@ -159,7 +159,7 @@ class ScalableSoftmax:
     trained_length: int
 
     def __post_init__(self) -> None:
-        check("trained_length", self.trained_length, self.trained_length)
+        hold_numbers(self, ["trained_length"])
 
     def __call__(self, visible_keys: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.log(visible_keys.to(dtype) + math.e) / math.log(self.trained_length + math.e)

@@ -141,9 +141,9 @@ class BlockwisePlan:
         token = (place - first).clamp(max=most)  # type: ignore[arg-type]
         old = new = None
         if positions.decays:
-            in_segment = torch.arange(cache.num_slots, device=layout.device)[None] % cache.layout.segment_length
+            in_segment = torch.arange(cache.num_slots, device=layout.device)[None] % cache.segment_length
             old = per_channel(positions, in_segment, layout.dtype)
-            new = per_channel(positions, -(at % cache.layout.segment_length), layout.dtype)
+            new = per_channel(positions, -(at % cache.segment_length), layout.dtype)
         return BlocksFromCache(
             torch.where(token < 0, place % cache.num_slots, cache.num_slots + token),
             at - start,

@@ -7,9 +7,8 @@ segment, written once, and never changed. One query is scaled by its decay from 
 Axes: b batch, g key-value heads, n new tokens, s slots, d head dimension.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,21 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from xpos_zoo.checks import as_integer, require_integers
-from xpos_zoo.rotary import PositionModule
 from xpos_zoo.settings import BatchLayout
 
 FIRST_SLOTS = 256  # of a cache that grows
-
-
-def segment_length(positions: PositionModule, dtype: torch.dtype, block_size: int | None, most: int) -> int:
-    """How many keys of `dtype` share an origin: so many that no factor is above 2^8, or 2 in float16.
-
-    A divisor of block_size, or a power of two that is at most `most`.
-    """
-    limit = max(1, positions.max_span(dtype) // 8)
-    if block_size is None:
-        return min(2 ** (limit.bit_length() - 1), most)
-    return next(p for p in range(min(limit, block_size), 0, -1) if block_size % p == 0)
 
 
 def weight_of(projection: nn.Module) -> Tensor | None:
@@ -42,18 +29,29 @@ def weight_of(projection: nn.Module) -> Tensor | None:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What a layer's cache and the attention that it is for have in common."""
+    """What a layer's cache and the attention that it is for have in common.
+
+    At most `segment_length` keys share an origin: so many that no factor is above 2^8, or 2 in float16. It is a power
+    of two, or a divisor of block_size.
+    """
 
     num_kv_heads: int
     head_dim: int
     block_size: int | None
+    rates: tuple[complex, ...]
+    interleaved: bool
     segment_length: int
 
     @classmethod
-    def of(cls, attention: Any, dtype: torch.dtype, most: int) -> "CacheLayout":
-        """That of an attention for a cache of `dtype` with slots for `most` tokens."""
-        length = segment_length(attention.positions, dtype, attention.block_size, most)
-        return cls(attention.num_kv_heads, attention.head_dim, attention.block_size, length)
+    def of(cls, attention: Any, dtype: torch.dtype) -> "CacheLayout":
+        """That of an attention for a cache of `dtype`."""
+        positions, w = attention.positions, attention.block_size
+        limit = max(1, positions.max_span(dtype) // 8)
+        if w is None:
+            length = 2 ** (limit.bit_length() - 1)
+        else:
+            length = next(p for p in range(min(limit, w), 0, -1) if w % p == 0)
+        return cls(attention.num_kv_heads, attention.head_dim, w, positions.rates, positions.interleaved, length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +91,9 @@ class LayerCache(nn.Module):
     k: Tensor
     v: Tensor
 
-    def __init__(self, layout: CacheLayout, k: Tensor, v: Tensor, longest_segment: int):
+    def __init__(self, layout: CacheLayout, k: Tensor, v: Tensor):
         super().__init__()
-        self.layout, self.longest_segment = layout, longest_segment
+        self.layout = layout
         self.register_buffer("k", k)
         self.register_buffer("v", v)
         self.unwritten: tuple[WriteIndex, Tensor, Tensor] | None = None
@@ -110,29 +108,31 @@ class LayerCache(nn.Module):
             dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point one, got {dtype}")
-        layout = CacheLayout.of(attention, dtype, max_length)
-        longest = segment_length(attention.positions, dtype, attention.block_size, sys.maxsize)
+        layout = CacheLayout.of(attention, dtype)
         shape = batch_size, layout.num_kv_heads, 2 * (layout.block_size or 0), layout.head_dim
         # Zeros, for a hidden value times its weight 0 must be 0.
-        k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        cache = cls(layout, k, v, longest)
+        cache = cls(layout, *(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
         cache.grow(max_length)
         return cache
 
     def select(self, rows: Tensor) -> "LayerCache":
         """A new cache with copies of these rows."""
-        return LayerCache(self.layout, self.k[rows], self.v[rows], self.longest_segment)
+        return LayerCache(self.layout, self.k[rows], self.v[rows])
 
     @property
     def num_slots(self) -> int:
         return self.k.shape[2]
 
+    @property
+    def segment_length(self) -> int:
+        """How many slots a segment has: all of a dense cache with fewer than its layout's."""
+        return min(self.layout.segment_length, self.num_slots)
+
     def grow(self, max_length: int) -> None:
-        """Give dense attention slots for max_length tokens. Old keys stay valid: segments were as long, or there was
-        one."""
+        """Give dense attention slots for max_length tokens."""
         if self.layout.block_size is None:
-            length = min(self.longest_segment, max_length)
-            self.layout = replace(self.layout, segment_length=length)
+            # Old keys remain right: a segment that becomes longer was the only one, and starts at 0.
+            length = min(self.layout.segment_length, max_length)
             more = -(-max_length // length) * length - self.num_slots
             self.k, self.v = (pad(t, (0, 0, 0, more)) for t in (self.k, self.v))
 
@@ -140,23 +140,23 @@ class LayerCache(nn.Module):
         return asdict(self.layout)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        if state != asdict(self.layout):
-            raise ValueError(f"state_dict does not match this cache: has {state}, needs {asdict(self.layout)}")
+        """Nothing: `prepare_to_load` has compared it."""
 
     def check(self, attention: Any, batch_size: int) -> None:
         """Raise ValueError unless the cache is for this attention and batch size."""
-        needed = {"batch_size": batch_size} | asdict(CacheLayout.of(attention, self.k.dtype, self.num_slots))
-        made = {"batch_size": len(self.k)} | asdict(self.layout)
-        wrong = [name for name in needed if needed[name] != made[name]]
-        if wrong:
-            raise ValueError(
-                f"cache does not match this layer: needs {', '.join(f'{name}={needed[name]}' for name in wrong)}, "
-                f"was made with {', '.join(f'{name}={made[name]}' for name in wrong)}"
-            )
+        needed, made = CacheLayout.of(attention, self.k.dtype), self.layout
+        if (needed, batch_size) == (made, len(self.k)):
+            return
+        if needed.rates != made.rates:
+            raise ValueError("cache does not match this layer: positions had other rates when it was made")
+        values = [asdict(each) | {"batch_size": b} for each, b in ((needed, batch_size), (made, len(self.k)))]
+        wrong = [name for name in values[0] if values[0][name] != values[1][name]]
+        has, had = (", ".join(f"{name}={each[name]}" for name in wrong) for each in values)
+        raise ValueError(f"cache does not match this layer: needs {has}, was made with {had}")
 
     def num_used(self, longest: int | None) -> int:
         """How many slots to look at if no row has more than `longest` tokens, in whole segments; all if unknown."""
-        length = self.layout.segment_length
+        length = self.segment_length
         return self.num_slots if longest is None else min(self.num_slots, -(-max(longest, 1) // length) * length)
 
     def write(self, k: Tensor, v: Tensor, index: WriteIndex) -> None:
@@ -211,12 +211,25 @@ class KeyValueCache(nn.Module):
         if max_length is not None:
             max_length = as_integer("max_length", max_length)
         self.grows, max_length = max_length is None, max_length or FIRST_SLOTS
-        layers = [LayerCache.make(attention, batch_size, max_length, dtype, device) for attention in attentions]
+        with torch.inference_mode(False):  # else nothing could be written to it outside
+            layers = [LayerCache.make(attention, batch_size, max_length, dtype, device) for attention in attentions]
+            device = layers[0].k.device if layers else device
+            self.register_buffer("length", torch.zeros(batch_size, dtype=torch.int64, device=device))
         self.layers = nn.ModuleList(layers)
-        self.max_length = max_length if any(layer.layout.block_size is None for layer in layers) else None
+        self._max_length = max_length if any(layer.layout.block_size is None for layer in layers) else None
         self.num_new_tokens: Tensor | int = 0
-        device = layers[0].k.device if layers else device
-        self.register_buffer("length", torch.zeros(batch_size, dtype=torch.int64, device=device))
+        self.register_load_state_dict_pre_hook(prepare_to_load)
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens per row that there is room for; None for any number."""
+        return self._max_length
+
+    def grow(self, max_length: int) -> None:
+        self._max_length = max_length
+        with torch.inference_mode(False):
+            for layer in self:
+                layer.grow(max_length)
 
     def __getitem__(self, i: int) -> LayerCache:
         return self.layers[i]  # type: ignore[return-value]
@@ -237,9 +250,10 @@ class KeyValueCache(nn.Module):
         if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"rows must be integers (new batch size,), got {rows.dtype} {tuple(rows.shape)}")
         selected = KeyValueCache([], len(rows))
-        selected.layers = nn.ModuleList(layer.select(rows) for layer in self)
-        selected.length = self.length[rows]
-        selected.max_length, selected.grows = self.max_length, self.grows
+        with torch.inference_mode(False):
+            selected.layers = nn.ModuleList(layer.select(rows) for layer in self)
+            selected.length = self.length[rows]
+        selected._max_length, selected.grows = self.max_length, self.grows
         return selected
 
     def crop(self, lengths: int | Tensor) -> None:
@@ -282,9 +296,7 @@ class KeyValueCache(nn.Module):
         if fewest < 0 or most > n:
             raise ValueError(f"lengths must be between 0 and seq_len={n}, got {counts.tolist()}")
         if self.max_length is not None and longest > self.max_length and self.grows:
-            self.max_length = max(longest, 2 * self.max_length)
-            for layer in self:
-                layer.grow(self.max_length)
+            self.grow(max(longest, 2 * self.max_length))
         elif self.max_length is not None and longest > self.max_length:
             raise ValueError(
                 f"cache must have room for {n} more tokens, got max_length={self.max_length}, of which "
@@ -298,3 +310,16 @@ class KeyValueCache(nn.Module):
             layer.commit()
         self.length += self.num_new_tokens
         self.num_new_tokens = 0
+
+
+def prepare_to_load(cache: KeyValueCache, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state dict is loaded: ValueError if it does not fit, and nothing is loaded. A cache that grows gets as
+    many slots as the state dict has."""
+    for i, layer in enumerate(cache):
+        k, layout = (state_dict.get(f"{prefix}layers.{i}.{name}") for name in ("k", "_extra_state"))
+        if layout is not None and layout != layer.get_extra_state():
+            raise ValueError(f"state_dict does not match this cache: has {layout}, needs {layer.get_extra_state()}")
+        if k is not None and cache.grows and layer.layout.block_size is None and k.shape[2] > layer.num_slots:
+            cache.grow(k.shape[2])
+        if k is not None and k.shape != layer.k.shape:
+            raise ValueError(f"state_dict must hold keys {tuple(layer.k.shape)} in layer {i}, got {tuple(k.shape)}")

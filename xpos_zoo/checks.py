@@ -1,5 +1,6 @@
-"""What integer arguments must be, said by the call that got them."""
+"""What arguments must be, said by the call that got them."""
 
+import math
 import operator
 from typing import Any
 
@@ -20,10 +21,19 @@ def as_integer(
     return number  # type: ignore[return-value]
 
 
-def require_sizes(**sizes: Any) -> None:
-    """Raise ValueError for the first argument that is not an integer above 0."""
-    for name, value in sizes.items():
-        as_integer(name, value)
+def as_number(name: str, value: Any, positive: bool = True) -> float:
+    """`value`, of any numeric type (numpy's, or a tensor of one element), as a plain number; ValueError if it is
+    negative, infinite, no number, or 0 though it must be positive."""
+    number = value.item() if isinstance(value, Tensor) or type(value).__module__ == "numpy" else value
+    finite = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+    if not finite or number < 0 or (positive and number == 0):
+        raise ValueError(f"{name} must be {'above 0' if positive else '0 or above'} and finite, got {value!r}")
+    return number
+
+
+def as_sizes(**sizes: Any) -> list[int]:
+    """These arguments as plain integers; ValueError for the first that is not an integer above 0."""
+    return [as_integer(name, value) for name, value in sizes.items()]
 
 
 def require_integers(name: str, value: Any, shape: torch.Size) -> None:

@@ -45,7 +45,7 @@ class DecodePlan:
 
     @classmethod
     def make(cls, settings: AttentionSettings, layout: BatchLayout, cache: LayerCache) -> "DecodePlan":
-        at, positions, length = layout.positions, settings.positions, cache.layout.segment_length
+        at, positions, length = layout.positions, settings.positions, cache.segment_length
         slot = torch.arange(cache.num_used(layout.longest), device=layout.device)
         k_positions = at - (at - slot) % cache.num_slots
         segment_factors = None

@@ -135,7 +135,7 @@ class DensePlan:
         size, chunks = split_into_chunks(n, origin_limit(span, limit))
 
         at, middle, num_keys, key_factors, write = layout.positions, size // 2, n, [], None
-        length = 1 if cache is None else cache.layout.segment_length
+        length = 1 if cache is None else cache.segment_length
         q_exponents = torch.arange(n, device=device)[None]
         q_exponents = (q_exponents if len(chunks) == 1 else q_exponents % size) - middle
         k_exponents = -q_exponents if len(chunks) == 1 else None

@@ -3,14 +3,14 @@
 Axes: b batch, n sequence, c vocabulary.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xpos_zoo.checks import require_integers
+from xpos_zoo.checks import as_integer, require_integers
 
 
 def sample(
@@ -49,8 +49,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """Raise the ValueErrors of `sample`."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or above and finite, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be 1 or above, got {top_k}")
+    if top_k is not None:
+        as_integer("top_k", top_k, allowed="1 or above and an integer")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
 
@@ -81,7 +81,7 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     seed: int | None = None,
     decode: Callable[..., Tensor] | None = None,
 ) -> Iterator[Tensor]:
@@ -95,7 +95,8 @@ def stream(
         max_new_tokens: when to stop.
         lengths: tokens of each prompt, (b,), if the prompts are padded on the right; each goes on as if alone.
         temperature, top_k, top_p: how to draw; see `xpos_zoo.generation.sample`. Temperature 0 is greedy.
-        eos: token that ends a row, which then repeats it; when all rows have ended, so does the iterator.
+        eos: the token, or tokens, that end a row, which then repeats its last one; when all rows have ended, so does
+            the iterator.
         seed: of the random numbers; by default torch's own go on.
         decode: what to call for a step instead of this model, such as `torch.compile(model, fullgraph=True)`.
 
@@ -105,8 +106,13 @@ def stream(
     n = tokens.shape[1]
     if n == 0:
         raise ValueError(f"tokens must have at least one token a row, got {tuple(tokens.shape)}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or above, got {max_new_tokens}")
+    max_new_tokens = as_integer("max_new_tokens", max_new_tokens, 0, "0 or above and an integer")
+    vocab_size = model.embedding.num_embeddings
+    ends = [] if eos is None else [eos] if isinstance(eos, (int, SupportsIndex)) else list(eos)
+    for name, values in (("tokens", (tokens.min(), tokens.max()) if tokens.numel() else ()), ("eos", ends)):
+        for value in values:
+            if not 0 <= as_integer(name, value, 0, f"from 0 to {vocab_size - 1}") < vocab_size:
+                raise ValueError(f"{name} must be from 0 to {vocab_size - 1}, got {int(value)}")
     if lengths is not None:
         require_integers("lengths", lengths, tokens.shape[:1])
         if not ((lengths > 0) & (lengths <= n)).all():
@@ -121,20 +127,22 @@ def stream(
         cache.advance()
         rows = torch.arange(len(tokens), device=tokens.device)
         logits = model.head(hidden[rows, -1 if lengths is None else lengths - 1])
-        ended = torch.zeros_like(rows, dtype=torch.bool)
+        ended, last = torch.zeros_like(rows, dtype=torch.bool), torch.zeros_like(rows, dtype=tokens.dtype)
         for left in reversed(range(max_new_tokens)):
             new = sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
-            if eos is not None:
-                new = new.masked_fill(ended, eos)
-                ended |= new == eos
+            if ends:
+                new = torch.where(ended, last, new)
+                ended |= torch.isin(new, torch.tensor(ends, device=new.device))
+                last = new
             yield new
-            if left == 0 or (eos is not None and ended.all()):
+            if left == 0 or (ends and ended.all()):
                 return
             logits = (model if decode is None else decode)(new[:, None], cache)[:, -1]
 
     return steps() if max_new_tokens else iter(())
 
 
-def check_tokens(tokens: Tensor) -> None:
-    if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"tokens must be int64 or int32 (batch, seq_len), got {tokens.dtype} {tuple(tokens.shape)}")
+def check_tokens(tokens: Any) -> None:
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        got = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens must be int64 or int32 (batch, seq_len), got {got}")

@@ -99,11 +99,11 @@ def write_folder(folder: Path, config: TransformerConfig, weights: dict[str, Ten
     present = [file for file in (folder / CONFIG, folder / WEIGHTS) if file.exists()]
     if present and not overwrite:
         raise ValueError(f"{present[0]} exists; give another path, or overwrite=True")
-    folder.mkdir(parents=True, exist_ok=True)
     content = {
         WEIGHTS: torch_files.save({name: tensor.contiguous() for name, tensor in weights.items()}, {"format": "pt"}),
         CONFIG: (json.dumps(HEADER | dataclasses.asdict(config), indent=2) + "\n").encode(),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     drafts = {name: folder / f"{name}.draft" for name in content}
     try:
         for name, draft in drafts.items():

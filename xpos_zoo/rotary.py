@@ -1,13 +1,7 @@
-"""Position encodings as complex rates: `PositionModule`, `RotaryEmbedding` and `XPOS`.
+"""Position encodings: `PositionModule`, `RotaryEmbedding` and `XPOS`. docs/how_it_works.md has the formula.
 
-Axes: n sequence, d head dimension, i = d/2 channel pairs, each read as one complex number.
-
-Pair i has the rate r_i = lambda_i + 1j theta_i. A query at position n is multiplied by exp(n r_i) and a key at m by
-exp(-m conj(r_i)), so that scores depend on n - m alone. Two questions follow, and a position module answers them apart:
-
-- *angles*: theta_i rotates. An angle n theta_i is exact at any position n, so rotations need no origin.
-- *decay*: lambda_i <= 0 shrinks scores with distance. exp(-m lambda_i) overflows at large m, so the factors of queries
-  and keys are measured from an origin nearby: exp((n - c) lambda_i) exp((c - m) lambda_i) is the same for every c.
+Axes: n sequence, d head dimension, i = d/2 channel pairs, each read as one complex number with a rate
+lambda_i + 1j theta_i. Angles n theta_i are exact at every position n. Decay exp(lambda_i t) depends on a distance t.
 """
 
 import cmath
@@ -21,16 +15,34 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from xpos_zoo.checks import as_integer
+from xpos_zoo.checks import as_integer, as_number
 from xpos_zoo.rotation import Rotation, at_least_float32, rotate_pairs
 
 GAMMA = 0.4  # of the authors' code: zeta runs from GAMMA / (1 + GAMMA) = 2/7 up to almost 1
 SMALLEST_FACTOR = 2.0**-80  # of a decay; smaller ones are 0
 
 
-def rotary_rates(head_dim: int, base: float = 10000.0) -> tuple[complex, ...]:
-    """1j base^(-2i/d), the rates of plain rotary embedding (Su et al. 2021, RoFormer, eq. 34)."""
-    return tuple(1j * base ** (-2 * i / head_dim) for i in range(head_dim // 2))
+def zetas(head_dim: int) -> list[float]:
+    """zeta_i = (i / (d/2) + 0.4) / 1.4 for the d/2 pairs."""
+    return [(2 * i / head_dim + GAMMA) / (1 + GAMMA) for i in range(head_dim // 2)]
+
+
+def rotary_rates(
+    head_dim: int, base: float = 10000.0, max_wavelength: float | None = None, scale_base: float | None = None
+) -> tuple[complex, ...]:
+    """theta_i = base^(-2i/d) (Su et al. 2021, RoFormer) and, with a scale_base, lambda_i = ln(zeta_i) / scale_base.
+
+    Pairs with a wavelength 2 pi / theta_i above max_wavelength have the rate 0; ValueError if none is left.
+    """
+    thetas = [base ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    decays = [0.0 if scale_base is None else math.log(zeta) / scale_base for zeta in zetas(head_dim)]
+    rates = tuple(map(complex, decays, thetas))
+    if max_wavelength is not None:
+        rates = tuple(rate if rate.imag * max_wavelength >= 2 * math.pi else 0j for rate in rates)
+        if not any(rates):
+            shortest = 2 * math.pi / thetas[0]
+            raise ValueError(f"max_wavelength must leave a pair: at least {shortest:.4g}, got {max_wavelength}")
+    return rates
 
 
 def in_turns(rates: Sequence[complex]) -> list[int]:
@@ -253,17 +265,11 @@ def make_rotary(
     return q_rotary, k_rotary
 
 
-def within_wavelength(rates: Sequence[complex], max_wavelength: float | None) -> tuple[complex, ...]:
-    """The rates, with those whose wavelength 2 pi / theta is above max_wavelength set to 0."""
-    if max_wavelength is None:
-        return tuple(rates)
-    if not max_wavelength > 0:
-        raise ValueError(f"max_wavelength must be above 0, or None for all pairs, got {max_wavelength}")
-    kept = tuple(rate if rate.imag * max_wavelength >= 2 * math.pi else 0j for rate in rates)
-    if not any(kept):
-        shortest = 2 * math.pi / max(rate.imag for rate in rates)
-        raise ValueError(f"max_wavelength must leave a pair: at least {shortest:.4g}, got {max_wavelength}")
-    return kept
+def argument(name: str) -> Any:
+    """A property of one of the numbers that rates follow from; setting it makes them anew."""
+    return property(
+        lambda module: module._arguments[name], lambda module, value: module._set_arguments(**{name: value})
+    )
 
 
 class RotaryEmbedding(PositionModule):
@@ -271,24 +277,31 @@ class RotaryEmbedding(PositionModule):
 
     Args:
         head_dim: channels of a head; even.
-        base: the slowest wavelength is about 2 pi base positions.
+        base: the slowest wavelength is about 2 pi base positions. May be set again later.
         max_wavelength: pairs with a longer wavelength, in positions, are not rotated (p-RoPE, Barbero et al. 2024,
-            arXiv 2410.06205); None rotates all.
+            arXiv 2410.06205); None rotates all. May be set again later.
         interleaved: see `PositionModule`.
 
-    ValueError if head_dim is odd or not positive, base is not positive, or max_wavelength leaves no pair.
+    ValueError if head_dim is odd or not positive, base or max_wavelength is not positive, or no pair is left to rotate.
     """
 
     def __init__(
         self, head_dim: int, *, base: float = 10000.0, max_wavelength: float | None = None, interleaved: bool = True
     ):
         head_dim = as_integer("head_dim", head_dim, allowed="even and above 0", even=True)
-        if not 0 < base < math.inf:
-            raise ValueError(f"base must be above 0 and finite, got {base}")
-        super().__init__(within_wavelength(rotary_rates(head_dim, base), max_wavelength), interleaved)
-        self.head_dim = head_dim
-        self.base = float(base)
-        self.max_wavelength = max_wavelength
+        self._arguments: dict[str, Any] = {"head_dim": head_dim}
+        super().__init__([0j] * (head_dim // 2), interleaved)
+        self._set_arguments(base=base, max_wavelength=max_wavelength)
+
+    def _set_arguments(self, **arguments: Any) -> None:
+        for name, value in arguments.items():
+            arguments[name] = None if value is None and name == "max_wavelength" else as_number(name, value)
+        self.rates = rotary_rates(**self._arguments | arguments)
+        self._arguments |= arguments
+
+    head_dim = property(lambda self: self._arguments["head_dim"])
+    base = argument("base")
+    max_wavelength = argument("max_wavelength")
 
     def extra_repr(self) -> str:
         longest = "" if self.max_wavelength is None else f"max_wavelength={self.max_wavelength:g}, "
@@ -314,11 +327,6 @@ class RotaryEmbedding(PositionModule):
         elif offset.numel() != 1 or offset.is_floating_point():
             raise ValueError(f"offset must be one integer, got {offset.dtype} {tuple(offset.shape)}")
         return torch.arange(x.shape[-2], device=x.device) + offset, offset
-
-
-def zetas(head_dim: int) -> list[float]:
-    """zeta_i = (i / (d/2) + 0.4) / 1.4 for the d/2 pairs."""
-    return [(2 * i / head_dim + GAMMA) / (1 + GAMMA) for i in range(head_dim // 2)]
 
 
 class XPOS(RotaryEmbedding):
@@ -349,23 +357,11 @@ class XPOS(RotaryEmbedding):
         interleaved: bool = True,
     ):
         super().__init__(head_dim, base=base, max_wavelength=max_wavelength, interleaved=interleaved)
-        self.scale_base = scale_base
+        self._set_arguments(scale_base=scale_base)
         self.register_buffer("scale", torch.tensor(zetas(self.head_dim), dtype=torch.float32))
         self.register_load_state_dict_pre_hook(replace_scale)
 
-    @property
-    def scale_base(self) -> float:
-        return self._scale_base
-
-    @scale_base.setter
-    def scale_base(self, value: float) -> None:
-        if not 0 < value < math.inf:
-            raise ValueError(f"scale_base must be above 0 and finite, got {value}")
-        self._scale_base = value
-        self.rates = [
-            complex(math.log(zeta) / value, rate.imag) if rate else 0j
-            for zeta, rate in zip(zetas(self.head_dim), self.rates, strict=True)
-        ]
+    scale_base = argument("scale_base")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale_base={self.scale_base:g}"

@@ -10,13 +10,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import dropout, silu
 from torch.utils.checkpoint import checkpoint
 
 from xpos_zoo.attention import NORM_EPS, MultiHeadAttention
 from xpos_zoo.bias import DistanceBias, QueryScaling
 from xpos_zoo.cache import KeyValueCache
-from xpos_zoo.checks import require_sizes
+from xpos_zoo.checks import as_integer, as_sizes
 from xpos_zoo.generation import check_tokens, generate, stream
 from xpos_zoo.plan import LayerPlan, plan_attention
 from xpos_zoo.pretrained import KNOWN, TransformerConfig, from_named, read_folder, to_named, write_folder
@@ -39,17 +39,17 @@ class FeedForward(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, attention: MultiHeadAttention, hidden_dim: int, dropout: float):
+    def __init__(self, attention: MultiHeadAttention, hidden_dim: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(attention.embed_dim, NORM_EPS)
         self.attention = attention
         self.feed_forward_norm = nn.RMSNorm(attention.embed_dim, NORM_EPS)
         self.feed_forward = FeedForward(attention.embed_dim, hidden_dim)
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, plan: LayerPlan) -> Tensor:
-        x = x + self.dropout(self.attention.attend(self.attention_norm(x), plan))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        p = self.attention.dropout
+        x = x + dropout(self.attention.attend(self.attention_norm(x), plan), p, self.training)
+        return x + dropout(self.feed_forward(self.feed_forward_norm(x)), p, self.training)
 
 
 Positions = Callable[[int], PositionModule]
@@ -67,6 +67,15 @@ def each_layer(name: str, value: Any, num_layers: int) -> list[Any]:
 def one_or_list(values: list[Any]) -> Any:
     """The inverse of `each_layer`."""
     return values[0] if all(value == values[0] for value in values) else values
+
+
+def of_all_layers(name: str, meaning: str) -> Any:
+    """A property that gets a setting of all layers, a list where they differ, and sets it by `set_attention`."""
+    return property(
+        lambda model: one_or_list([getattr(attention, name) for attention in model.attentions]),
+        lambda model, value: model.set_attention(**{name: value}),
+        doc=f"{meaning}, of all layers; a list where they differ. May be set.",
+    )
 
 
 class Transformer(nn.Module):
@@ -109,15 +118,13 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        require_sizes(vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers)
-        hidden_dim = -(-8 * embed_dim // (3 * 32)) * 32 if hidden_dim is None else hidden_dim
-        require_sizes(hidden_dim=hidden_dim)
+        vocab_size, embed_dim, num_layers = as_sizes(vocab_size=vocab_size, embed_dim=embed_dim, num_layers=num_layers)
+        hidden_dim = -(-8 * embed_dim // (3 * 32)) * 32 if hidden_dim is None else as_integer("hidden_dim", hidden_dim)
         self.checkpoint_activations = False
         self.embedding = nn.Embedding(vocab_size, embed_dim)
-        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        options |= {"qk_norm": qk_norm, "dropout": dropout}
+        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "qk_norm": qk_norm}
         self.layers = nn.ModuleList(
-            DecoderLayer(MultiHeadAttention(embed_dim, num_heads, positions=own, **options), hidden_dim, dropout)
+            DecoderLayer(MultiHeadAttention(embed_dim, num_heads, positions=own, **options), hidden_dim)
             for own in each_layer("positions", positions, num_layers)
         )
         self.norm = nn.RMSNorm(embed_dim, NORM_EPS)
@@ -125,7 +132,9 @@ class Transformer(nn.Module):
         if tie_embeddings:
             self.head.weight = self.embedding.weight
         self.reset_parameters()
-        self.set_attention(block_size=block_size, query_scaling=query_scaling, distance_bias=distance_bias)
+        self.set_attention(
+            block_size=block_size, query_scaling=query_scaling, distance_bias=distance_bias, dropout=dropout
+        )
         self.to(device, dtype)
 
     def reset_parameters(self) -> None:
@@ -137,12 +146,19 @@ class Transformer(nn.Module):
                 with torch.no_grad():
                     parameter /= (2 * len(self.layers)) ** 0.5
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would register a module under the name of a property, which would stay as it was.
+        if isinstance(value, nn.Module) and name in ("positions", "distance_bias"):
+            self.set_attention(**{name: value})
+        else:
+            super().__setattr__(name, value)
+
     @property
     def attentions(self) -> list[MultiHeadAttention]:
         return [layer.attention for layer in self.layers]  # type: ignore[union-attr]
 
     def set_attention(self, **settings: Any) -> None:
-        """Set positions (modules), block_size, query_scaling, distance_bias or cp_mesh of all layers.
+        """Set positions (modules), block_size, query_scaling, distance_bias, dropout or cp_mesh of all layers.
 
         A list has a value for each layer, anything else is every layer's. ValueError as for
         `MultiHeadAttention.set_attention`, or if a list has another length.
@@ -151,44 +167,12 @@ class Transformer(nn.Module):
         for i, attention in enumerate(self.attentions):
             attention.set_attention(**{name: values[i] for name, values in lists.items()})
 
-    def _setting(self, name: str) -> Any:
-        return one_or_list([getattr(attention, name) for attention in self.attentions])
-
-    @property
-    def block_size(self) -> int | list[int | None] | None:
-        """None for dense attention, else the block size, of all layers; a list where they differ. May be set."""
-        return self._setting("block_size")
-
-    @block_size.setter
-    def block_size(self, value: int | list[int | None] | None) -> None:
-        self.set_attention(block_size=value)
-
-    @property
-    def query_scaling(self) -> Any:
-        """None, or a `QueryScaling` such as `LogNScaling`, of all layers; a list where they differ. May be set."""
-        return self._setting("query_scaling")
-
-    @query_scaling.setter
-    def query_scaling(self, value: Any) -> None:
-        self.set_attention(query_scaling=value)
-
-    @property
-    def cp_mesh(self) -> Any:
-        """None, or the `DeviceMesh` of context parallelism: tokens and logits are then of one rank. May be set."""
-        return self._setting("cp_mesh")
-
-    @cp_mesh.setter
-    def cp_mesh(self, value: Any) -> None:
-        self.set_attention(cp_mesh=value)
-
-    @property
-    def distance_bias(self) -> Any:
-        """None, or a `DistanceBias`, of all layers; a list where they differ. May be set (modules: `set_attention`)."""
-        return self._setting("distance_bias")
-
-    @distance_bias.setter
-    def distance_bias(self, value: Any) -> None:
-        self.set_attention(distance_bias=value)
+    positions = of_all_layers("positions", "A `PositionModule`")
+    block_size = of_all_layers("block_size", "None for dense attention, else the block size")
+    query_scaling = of_all_layers("query_scaling", "None or a `QueryScaling`")
+    distance_bias = of_all_layers("distance_bias", "None or a `DistanceBias`")
+    dropout = of_all_layers("dropout", "The probability of dropping an attention weight, and a feature of the residual")
+    cp_mesh = of_all_layers("cp_mesh", "None or a `DeviceMesh`: tokens and logits are then those of one rank")
 
     @property
     def config(self) -> TransformerConfig:
