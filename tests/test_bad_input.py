@@ -219,7 +219,7 @@ def test_no_option_calls_what_it_was_not_made_for(place, name, form, tmp_path, c
         (["--prompt", "\udc80"], "prompt must be valid UTF-8"),
         (["--device", "abacus"], "device must be cpu"),
         (["--temperature", "-1"], "temperature must be 0 or above"),
-        (["--max_new_tokens", "-1"], "max_new_tokens must be 0 or above, got -1"),
+        (["--max_new_tokens", "-1"], "max_new_tokens must be 0 or above and an integer, got -1"),
         (["--top_k", "few"], "top_k"),
     ],
 )

@@ -53,7 +53,7 @@ def decoder(block_size: int | None = None, **options) -> MultiHeadAttention:
     tail=st.none() | tails,
     b=st.sampled_from([0, 2, 2]),
 )
-def test_any_pieces_attend_by_the_formula(sizes, block_size, encoding, heads, dtype, tail, b):
+def test_pieces_of_any_size_attend_by_the_formula(sizes, block_size, encoding, heads, dtype, tail, b):
     n, (h, g) = sum(sizes), heads
     q, k, v = (normal(i, b, count, n, 6, dtype=dtype) for i, count in enumerate((h, g, g)))
     module, x = attending(q, k, v, encoding.module(6), tail, block_size=block_size)
@@ -76,7 +76,7 @@ def test_any_pieces_attend_by_the_formula(sizes, block_size, encoding, heads, dt
     seed=st.integers(0, 2**16),
 )
 @mock.patch("xpos_zoo.cache.FIRST_SLOTS", 16)
-def test_rows_of_different_length_go_on_as_each_would_alone(steps, block_size, dtype, options, seed):
+def test_rows_of_different_lengths_decode_as_each_does_alone(steps, block_size, dtype, options, seed):
     """Whatever else is done to their cache, which grows as needed."""
     module, draw = decoder(block_size, **options).to(dtype), random.Random(seed)
     exactly, cache, seen = double(module), module.make_cache(2), [torch.empty(0, 32, dtype=dtype)] * 2  # by each row

@@ -57,7 +57,7 @@ def test_outputs_may_be_changed_in_place(make):
 
 
 @each_module
-def test_vmap_maps(make):
+def test_vmap_gives_what_a_loop_gives(make):
     module = make()
     x = inputs(module, 3, 2, 40)
     assert_same(torch.func.vmap(module)(x), torch.stack([module(row) for row in x]))
@@ -266,7 +266,7 @@ def test_weights_of_a_rope_model_load_into_an_xpos_model_also_from_the_meta_devi
 
 
 @each_block
-def test_what_cannot_work_raises(make):
+def test_unsupported_uses_raise_an_error(make):
     module = make()
     x = inputs(module, 2, 40)
     with pytest.raises(NotImplementedError, match="forward AD with _scaled_dot_product_flash_attention"):

@@ -226,7 +226,7 @@ def claimed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.__name__)
-def test_on_every_rank(claim, claimed):
+def test_each_claim_holds_on_every_rank(claim, claimed):
     for rank in range(RANKS):
         failure = (claimed / f"{claim.__name__}-{rank}").read_text()
         died = claim is a_rank_that_dies_ends_the_others_with_an_error and rank == 1

@@ -49,7 +49,7 @@ def test_numbers_that_float32_cannot_hold_reach_the_tables_whole(device, compile
             assert relative_error(ours, expected) <= 100 * roundoff(torch.float64)
 
 
-def test_the_block_is_as_exact(compiler_counts):
+def test_a_compiled_block_equals_the_formula_at_several_lengths(compiler_counts):
     def run(module: MultiHeadAttention, x: Tensor) -> Tensor:
         torch._dynamo.mark_dynamic(x, 1)
         return compiled(module, x)

@@ -35,7 +35,7 @@ def masks(b: int, most: int, rows: int) -> st.SearchStrategy[list[list[bool]]]:
     bias=st.booleans(),
     qk_norm=st.booleans(),
 )
-def test_every_row_is_as_alone(padding, scaling, tail, documents, **options):
+def test_a_padded_row_gives_what_it_gives_alone(padding, scaling, tail, documents, **options):
     module, mask = block(query_scaling=scaling, distance_bias=tail, **options), torch.tensor(padding)
     b, n = mask.shape
     ids = (torch.arange(n) // 7).expand(b, n) if documents and scaling is None else None
@@ -58,7 +58,7 @@ def test_every_row_is_as_alone(padding, scaling, tail, documents, **options):
     padding=st.lists(masks(2, 12, 2), min_size=1, max_size=6),
     block_size=st.lists(st.none() | st.integers(1, 8), min_size=2, max_size=2),
 )
-def test_from_a_cache_every_row_goes_on_as_alone(padding, block_size):
+def test_a_padded_row_decodes_as_it_does_alone(padding, block_size):
     """Through layers that differ."""
     positions, scaling = [partial(XPOS, scale_base=4), partial(XPOS, max_wavelength=40)], [None, LogNScaling(0.3, 10)]
     options = {"positions": positions, "query_scaling": scaling, "num_kv_heads": 2}

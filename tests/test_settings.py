@@ -45,16 +45,6 @@ def test_a_model_hands_what_is_set_to_its_layers():
     assert set(dict(changed.named_children())) == {"embedding", "layers", "norm", "head"}
 
 
-def test_dropout_that_is_set_later_drops_features_and_weights():
-    torch.manual_seed(0)
-    changed, x = model(1).train(), tokens(2, 30)
-    assert torch.equal(changed(x), changed(x))
-    changed.dropout = 0.5
-    assert not torch.equal(changed(x), changed(x))
-    changed.eval()
-    assert torch.equal(changed(x), changed(x))
-
-
 @pytest.mark.parametrize("number", [np.float32, np.int64, torch.tensor], ids=["float32", "int64", "tensor"])
 def test_numbers_of_any_type_are_saved_as_plain_ones(number):
     integer: Any = torch.tensor if number is torch.tensor else np.int64

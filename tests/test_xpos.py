@@ -3,7 +3,6 @@
 Axes: b batch, h heads, n sequence, m keys, d head dimension.
 """
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -131,13 +130,6 @@ def test_a_wrong_scale_is_refused_and_leaves_ours(scale):
     with pytest.raises(RuntimeError, match=said):
         xpos.load_state_dict({"scale": scale})
     assert torch.equal(xpos.scale, XPOS(8).scale)
-
-
-def test_scale_base_may_be_changed_on_a_made_module():
-    x, xpos = normal(0, 2, 50, 8), XPOS(8)
-    xpos.scale_base = 64
-    assert torch.equal(xpos(x), XPOS(8, 64)(x))
-    assert torch.equal(copy.deepcopy(xpos)(x), xpos(x))
 
 
 def original_xpos(x: Tensor, offset: int = 0, downscale: bool = False) -> Tensor:
