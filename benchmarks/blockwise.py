@@ -21,6 +21,7 @@ from benchmarks.harness import Call, milliseconds, peers, publish, record, train
 from xpos_zoo import XPOS
 from xpos_zoo.plan import make_case
 from xpos_zoo.settings import AttentionSettings, BatchLayout
+from xpos_zoo.visibility import AttentionPattern
 
 HEADS, HEAD_DIM, BLOCK = 8, 64, 512
 LENGTHS = [2048, 8192, 65536]
@@ -28,7 +29,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def ours(xpos: XPOS, block_size: int | None) -> Attention:
-    settings = AttentionSettings(xpos, block_size)
+    settings = AttentionSettings(xpos, AttentionPattern(block_size))
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plan = make_case(settings, BatchLayout(len(q), q.shape[1], q.dtype, q.device), None)

@@ -27,7 +27,6 @@ from train.modes import Mode, standard_modes
 from train.runs import Run, find_runs
 from xpos_zoo import MultiHeadAttention, Transformer
 from xpos_zoo.bias import bias_and_gain
-from xpos_zoo.visibility import is_visible
 
 MODES = ("dense", "log-n", "tail", "BCA")
 FAR = ("intact", "shuffled", "replaced")
@@ -165,7 +164,7 @@ def logits_in_chunks(
         end = min(start + chunk, n)
         q_at, k_at = at[start:end], at[:end]
         turned = attention.positions.rotate(q[..., start:end, :], k[..., :end, :], q_at, k_at, (start + end) // 2)
-        distance, visible = q_at[:, None] - k_at, is_visible(q_at[:, None], k_at, attention.block_size)
+        distance, visible = q_at[:, None] - k_at, attention.settings.pattern.is_visible(q_at[:, None], k_at)
         bias, gain = bias_and_gain(attention.distance_bias, distance.clamp(min=0))
         logits = turned[0] @ turned[1].mT / attention.head_dim**0.5
         if attention.query_scaling is not None:

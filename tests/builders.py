@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +19,13 @@ from xpos_zoo import XPOS, DistanceBias, MultiHeadAttention, PositionModule, Tra
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALVES)
 PATTERNS = pytest.mark.parametrize("block_size", [None, 8], ids=["dense", "blockwise"])
+
+
+def locality(*sizes: int | None) -> st.SearchStrategy[dict[str, int | None]]:
+    """Options of dense attention, if None is one of the sizes, of blocks, and of windows."""
+    size = st.sampled_from(sizes)
+    return st.builds(dict, block_size=size) | st.builds(dict, window_size=size)
+
 
 M = TypeVar("M", bound=nn.Module)
 

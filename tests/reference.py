@@ -123,12 +123,15 @@ def encode(x: Tensor, angles_at: Tensor, decay_at: Tensor | None, encoding: Enco
     return channels(z, encoding.interleaved)
 
 
-def visible(n: int, block_size: int | None = None) -> Tensor:
-    """Which key (column) each query (row) sees: all before it, of its own block and the one before if in blocks."""
+def visible(n: int, block_size: int | None = None, window_size: int | None = None) -> Tensor:
+    """Which key (column) each query (row) sees: all before it, of its own block and the one before if in blocks, or of
+    the last window_size tokens."""
     query, key = torch.arange(n)[:, None], torch.arange(n)
     mask = key <= query
     if block_size is not None:
         mask = mask & (query // block_size - key // block_size <= 1)
+    if window_size is not None:
+        mask = mask & (query - key < window_size)
     return mask
 
 
@@ -253,7 +256,9 @@ def projected(
     module: MultiHeadAttention, x: Tensor, document_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Encoding]:
     """q (b, h, n, d), k and v (b, g, n, d), mask and encoding: what `module` makes of x before it attends."""
-    mask = visible(x.shape[1], module.block_size)
+    mask = visible(x.shape[1], module.block_size, module.window_size)
+    if document_ids is not None:
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     q, k, v = (
         linear(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
         for linear in (module.q_proj, module.k_proj, module.v_proj)
@@ -261,11 +266,9 @@ def projected(
     if module.qk_norm:
         q, k = rms_norm(q, module.q_norm), rms_norm(k, module.k_norm)
     if module.query_scaling is not None:
-        q = (q * query_factor(module.query_scaling, mask.sum(-1))[:, None]).to(q.dtype)
+        q = (q * query_factor(module.query_scaling, mask.sum(-1))[..., None]).to(q.dtype)
     assert isinstance(module.positions, RotaryEmbedding)
     encoding = encoding_of(module.positions)
-    if document_ids is not None:
-        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     return q, k, v, mask, encoding.with_biases(module.distance_bias)
 
 
@@ -273,7 +276,8 @@ def multi_head_attention(
     module: MultiHeadAttention, x: Tensor, attend: Callable[..., Tensor] = attention, document_ids: Tensor | None = None
 ) -> Tensor:
     """What `module` gives for x (b, n, embed_dim), in the dtype of both: give it `double(module)` for the oracle."""
-    return module.out_proj(attend(*projected(module, x, document_ids)).transpose(1, 2).flatten(2))
+    attended = attend(*projected(module, x, document_ids)).transpose(1, 2).flatten(2)
+    return module.out_proj(attended if module.gate_proj is None else attended * torch.sigmoid(module.gate_proj(x)))
 
 
 def assert_block_is_exact(

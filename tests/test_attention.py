@@ -11,7 +11,19 @@ from unittest import mock
 
 import pytest
 import torch
-from builders import DTYPES, HALVES, PATTERNS, LearnedBias, Operations, attended, block, document_ids, inputs, normal
+from builders import (
+    DTYPES,
+    HALVES,
+    PATTERNS,
+    LearnedBias,
+    Operations,
+    attended,
+    block,
+    document_ids,
+    inputs,
+    locality,
+    normal,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import (
@@ -35,7 +47,7 @@ from xpos_zoo import XPOS, ALiBi, LogNScaling, ScalableSoftmax, ScaleInvariant, 
 @settings(max_examples=10)
 @given(
     n=st.integers(2, 60),
-    w=st.none() | st.integers(2, 20),
+    local=locality(None, 2, 5, 20),
     heads=st.sampled_from([(4, 4), (4, 2)]),
     dtype=st.sampled_from((torch.float32, *HALVES)),
     encoding=encodings,
@@ -43,11 +55,11 @@ from xpos_zoo import XPOS, ALiBi, LogNScaling, ScalableSoftmax, ScaleInvariant, 
     documents=st.booleans(),
     chunk=st.sampled_from([25, 1024]),
 )
-def test_flex_attention_gets_the_same_mask_and_gain(n, w, heads, dtype, encoding, bias, documents, chunk):
+def test_flex_attention_gets_the_same_mask_and_gain(n, local, heads, dtype, encoding, bias, documents, chunk):
     """As far as a CPU can tell: there FlexAttention computes plainly, and has no gradient."""
     h, g = heads
     q, k, v = inputs(n, 2, h, g, 6, dtype, grad=False)
-    settings = {"document_ids": document_ids(n) if documents else None, "bias": bias}
+    settings = {"document_ids": document_ids(n) if documents else None, "bias": bias} | local
     outputs = []
     for way in (lambda settings, n, *_: n > 1, lambda *_: False):
         with (
@@ -56,7 +68,7 @@ def test_flex_attention_gets_the_same_mask_and_gain(n, w, heads, dtype, encoding
             mock.patch.object(dense, "use_flex", way),
             mock.patch.object(blockwise, "use_flex", way),
         ):
-            outputs.append(attended(q, k, v, encoding.module(6), w, **settings))
+            outputs.append(attended(q, k, v, encoding.module(6), **settings))
     assert relative_error(*outputs) < 8 * torch.finfo(dtype).eps
 
 
@@ -98,19 +110,19 @@ def test_a_million_positions_in_blocks_are_finite_and_exact_to_the_last(dtype):
 
 @given(
     at=st.integers(0, 54),
-    w=st.none() | st.integers(1, 30),
+    local=locality(None, 1, 2, 7, 16, 30),
     dtype=st.sampled_from(DTYPES),
     scale_base=st.sampled_from([64, 0.2]),
     factor=st.sampled_from([1, 30]),
 )
-def test_a_token_changes_what_sees_it_and_nothing_else_to_the_last_bit(at, w, dtype, scale_base, factor):
+def test_a_token_changes_what_sees_it_and_nothing_else_to_the_last_bit(at, local, dtype, scale_base, factor):
     q, k, v = inputs(55, dtype=dtype, grad=False)
     xpos = XPOS(8, scale_base)
-    before = attended(q, k, v, xpos, w)
+    before = attended(q, k, v, xpos, **local)
     for i, t in enumerate((q, k, v)):
         t[..., at, :] = factor * normal(10 + i, *t[..., at, :].shape, dtype=dtype)
-    after = attended(q, k, v, xpos, w)
-    sees = visible(55, w)[:, at]
+    after = attended(q, k, v, xpos, **local)
+    sees = visible(55, **local)[:, at]
     assert torch.equal(after[..., ~sees, :], before[..., ~sees, :])
     if scale_base == 64 and factor == 1 and dtype != torch.bfloat16:  # else weights may be too small to count
         assert (after != before)[..., sees, :].any(-1).all()
@@ -152,7 +164,8 @@ def test_dropout_keeps_the_mean(w, scale_base):
     bias=st.booleans(),
     qk_norm=st.booleans(),
     positions=encodings.map(lambda encoding: encoding.module),
-    block_size=st.none() | st.integers(1, 20),
+    output_gate=st.booleans(),
+    local=locality(None, 1, 2, 5, 12, 20),
     query_scaling=st.none()
     | st.builds(LogNScaling, st.sampled_from([0.1, 1.0]), st.integers(1, 20))
     | st.builds(ScalableSoftmax, st.integers(1, 20)),
@@ -162,10 +175,12 @@ def test_dropout_keeps_the_mean(w, scale_base):
     autocast=st.sampled_from([None, None, *HALVES]),
     chunk=st.sampled_from([1, 7, 1024]),
 )
-def test_the_block_equals_the_formula(n, b, query_scaling, distance_bias, documents, dtype, autocast, chunk, **options):
+def test_the_block_equals_the_formula(
+    n, b, local, query_scaling, distance_bias, documents, dtype, autocast, chunk, **options
+):
     assume(b * n > 0 or not isinstance(distance_bias, LearnedBias))  # whose parameters nothing then depends on
-    ids = document_ids(n) if documents and b == 2 and n and query_scaling is None else None
-    module = block(13, query_scaling=query_scaling, distance_bias=distance_bias, **options).to(dtype)
+    ids = document_ids(n) if documents and b == 2 and n else None
+    module = block(13, query_scaling=query_scaling, distance_bias=distance_bias, **local, **options).to(dtype)
     autocast = autocast if dtype == torch.float32 else None
     with mock.patch.object(dense, "MASK_CHUNK", chunk), mock.patch.object(dense, "GAIN_CHUNK", chunk):
         assert_block_is_exact(module, normal(0, b, n, 13, dtype=dtype), autocast=autocast, document_ids=ids)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from builders import DTYPES, HALVES, PATTERNS, attending, block, double, normal
+from builders import DTYPES, HALVES, PATTERNS, attending, block, double, locality, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import (
@@ -46,29 +46,29 @@ def decoder(block_size: int | None = None, **options) -> MultiHeadAttention:
 @settings(max_examples=100)
 @given(
     sizes=st.lists(st.one_of(st.just(1), st.integers(0, 5), st.integers(0, 40)), min_size=1, max_size=8),
-    block_size=st.sampled_from([None, None, 1, 2, 5, 16, 40]),
+    local=locality(None, 1, 2, 5, 16, 40),
     encoding=encodings,
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     dtype=st.sampled_from(DTYPES),
     tail=st.none() | tails,
     b=st.sampled_from([0, 2, 2]),
 )
-def test_pieces_of_any_size_attend_by_the_formula(sizes, block_size, encoding, heads, dtype, tail, b):
+def test_pieces_of_any_size_attend_by_the_formula(sizes, local, encoding, heads, dtype, tail, b):
     n, (h, g) = sum(sizes), heads
     q, k, v = (normal(i, b, count, n, 6, dtype=dtype) for i, count in enumerate((h, g, g)))
-    module, x = attending(q, k, v, encoding.module(6), tail, block_size=block_size)
+    module, x = attending(q, k, v, encoding.module(6), tail, **local)
     actual = in_pieces(module, x, module.make_cache(b, max(n, 1), dtype=dtype), sizes)
-    assert_attends_exactly(actual, q, k, v, visible(n, block_size), encoding.with_biases(tail))
+    assert_attends_exactly(actual, q, k, v, visible(n, **local), encoding.with_biases(tail))
 
 
 @given(
     steps=st.lists(st.sampled_from(["tokens", "tokens", "select", "crop", "reset", "reload"]), min_size=2, max_size=9),
-    block_size=st.sampled_from([None, None, 1, 8]),
+    local=locality(None, 1, 8, 11),
     dtype=st.sampled_from([torch.float32, *HALVES]),
     options=st.sampled_from(
         [
             {"num_kv_heads": 1},
-            {"num_kv_heads": 2, "qk_norm": True},
+            {"num_kv_heads": 2, "qk_norm": True, "output_gate": True},
             {"distance_bias": SoftTail(2, 5), "query_scaling": LogNScaling(0.5, 10)},
             {"distance_bias": sloped},
         ]
@@ -76,9 +76,9 @@ def test_pieces_of_any_size_attend_by_the_formula(sizes, block_size, encoding, h
     seed=st.integers(0, 2**16),
 )
 @mock.patch("xpos_zoo.cache.FIRST_SLOTS", 16)
-def test_rows_of_different_lengths_decode_as_each_does_alone(steps, block_size, dtype, options, seed):
+def test_rows_of_different_lengths_decode_as_each_does_alone(steps, local, dtype, options, seed):
     """Whatever else is done to their cache, which grows as needed."""
-    module, draw = decoder(block_size, **options).to(dtype), random.Random(seed)
+    module, draw = decoder(**local, **options).to(dtype), random.Random(seed)
     exactly, cache, seen = double(module), module.make_cache(2), [torch.empty(0, 32, dtype=dtype)] * 2  # by each row
     for i, step in enumerate(steps):
         spoilt = torch.full((len(seen), 3, 32), torch.nan, dtype=dtype)
@@ -86,7 +86,7 @@ def test_rows_of_different_lengths_decode_as_each_does_alone(steps, block_size, 
             rows, before = [draw.randrange(len(seen)) for _ in range(draw.randint(1, 4))], cache
             cache, seen = cache.select(torch.tensor(rows)), [seen[row] for row in rows]
             module(spoilt, cache=before)
-        elif step == "crop" and block_size is None:
+        elif step == "crop" and set(local.values()) == {None}:
             lengths = [draw.randint(0, 40) for _ in seen]
             cache.crop(torch.tensor(lengths))
             seen = [x[:length] for x, length in zip(seen, lengths, strict=True)]

@@ -70,9 +70,9 @@ def inputs(width: int, lengths: Iterable[int], grad: bool = True) -> list[tuple[
     return [(normal(n, 2 + n % 3, n, width).requires_grad_(grad),) for n in lengths]
 
 
-def graphs_of(block_size: int | None) -> int:
-    """Dense one. Blockwise two: up to two blocks it is dense attention."""
-    return 1 if block_size is None else 2
+def graphs_of(block_size: int | None = None, window_size: int | None = None, **_: Any) -> int:
+    """Dense one. Blockwise two: up to two blocks, or one window, it is dense attention."""
+    return 1 if block_size is window_size is None else 2
 
 
 @pytest.mark.parametrize("module", [XPOS(8), RotaryEmbedding(8)], ids=["xpos", "rotary"])
@@ -138,10 +138,13 @@ def test_lengths_to_twenty_thousand_are_cut_into_three_numbers_of_chunks(span, m
     assert counts == {1, 4, 16}
 
 
-@PATTERNS
-def test_the_transformer_trains_in_two_graphs(block_size, compiler_counts):
+WINDOW = {"window_size": 8, "output_gate": True, "qk_norm": True}
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 8}, WINDOW], ids=["dense", "blockwise", "window"])
+def test_the_transformer_trains_in_two_graphs(options, compiler_counts):
     calls = [(tokens(2 + n % 3, n),) for n in LENGTHS]
-    check_graphs(model(1, block_size=block_size, qk_norm=True), calls, compiler_counts, graphs_of(block_size))
+    check_graphs(model(1, **options), calls, compiler_counts, graphs_of(**options))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch of itself
@@ -177,16 +180,16 @@ BIASED = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, BIASED], ids=["plain", "biased"])
+@pytest.mark.parametrize("options", [{}, BIASED, WINDOW], ids=["dense", "blockwise", "window"])
 def test_one_graph_decodes_and_prefill_has_those_of_a_forward_without_a_cache(options, compiler_counts):
-    module, block_size = block(**options), options.get("block_size")
+    module = block(**options)
     compiled = compile_graph(module.requires_grad_(False))
     sizes = [2, 3, 16, 17, 30, *[1] * 20]
     x, cache, outputs = normal(0, 2, sum(sizes), 32), module.make_cache(2, sum(sizes)), []
     with torch.no_grad():
         for piece in x.split(sizes, dim=1):
             outputs.append(compiled(piece, cache=cache))
-            assert compiler_counts["stats"]["unique_graphs"] - (piece.shape[1] == 1) <= 1 + graphs_of(block_size)
+            assert compiler_counts["stats"]["unique_graphs"] - (piece.shape[1] == 1) <= 1 + graphs_of(**options)
     assert not compiler_counts["graph_break"]
     assert relative_error(torch.cat(outputs, 1), module(x)) <= 1e-5
 

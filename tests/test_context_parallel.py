@@ -73,28 +73,30 @@ def assert_same_as_alone(
 
 
 def outputs_and_all_gradients_of_a_block_are_those_of_one_process(meshes):
-    """Random lengths, from one block a rank on; grouped heads; documents, biases and factors by position."""
+    """Dense, in blocks and with windows; random lengths, grouped heads, documents, biases and factors by position."""
     draw = random.Random(0).choice
     for case in range(CASES):
         mesh, w, h = meshes[draw([1, 2, 4])], draw([1, 2, 5, 8]), 4
         positions = draw([XPOS, RotaryEmbedding, partial(XPOS, scale_base=0.3), partial(XPOS, max_wavelength=50)])
         bias = draw([None, None, SoftTail(2.0, 5), ScaleInvariant(3.0), LearnedBias()])
-        documents = draw([True, False])
-        scaling = None if documents else draw([None, LogNScaling(0.5, 3)])
-        options = {"num_kv_heads": draw([1, 2, 4]), "block_size": w}
-        options |= {name: draw([True, False]) for name in ("bias", "qk_norm")}
+        documents, scaling = draw([True, False]), draw([None, LogNScaling(0.5, 3)])
+        pattern: dict[str, Any] = draw([{}, {"block_size": w}, {"window_size": w}])
+        options = pattern | {"num_kv_heads": draw([1, 2, 4])}
+        options |= {name: draw([True, False]) for name in ("bias", "qk_norm", "output_gate")}
         module = block(32, h, positions=positions, query_scaling=scaling, distance_bias=bias, **options).to(
             draw(DTYPES[:2])
         )
-        b, n = draw([1, 3]), w * draw([1, 2, 3, 7]) * mesh.size()
+        length = w * draw([1, 2, 3, 7])  # of each rank
+        b, n = draw([1, 3]), (length if "block_size" in options else length + draw([0, 1, 3])) * mesh.size()
         x = normal(case, b, n, 32, dtype=module.q_proj.weight.dtype).requires_grad_()
         ids = tokens(b, n, below=5 * n).sort().values // (3 * w) if documents else None
         assert_same_as_alone(module, mesh, x, document_ids=ids)
 
 
-def a_model_of_local_layers_that_differ_trains_as_in_one_process(meshes):
+def a_model_of_layers_that_differ_trains_as_in_one_process(meshes):
     xpos, words = partial(XPOS, scale_base=8), tokens(2, 96)
-    transformer = double(model(3, positions=[xpos, RotaryEmbedding, xpos], block_size=[4, 8, 8], num_kv_heads=2))
+    sizes: dict[str, Any] = {"block_size": [4, None, None], "window_size": [None, 8, None], "num_kv_heads": 2}
+    transformer = double(model(3, positions=[xpos, RotaryEmbedding, xpos], **sizes))
     for transformer.checkpoint_activations in (False, True):
         for ids in (None, (torch.arange(96) // 7).expand(2, -1)):
             assert_same_as_alone(transformer, meshes[4], words, document_ids=ids)
@@ -164,13 +166,10 @@ def what_cannot_be_cut_is_refused_before_anything_is_sent(meshes):
             module(torch.zeros(2, n, 32))
     with pytest.raises(ValueError, match="cache must be None with cp_mesh"):
         module(x, module.make_cache(2))
-    module.block_size = None
-    with pytest.raises(ValueError, match="block_size must be set with cp_mesh, got None"):
+    module.set_attention(block_size=None, window_size=9)
+    with pytest.raises(ValueError, match="seq_len must be at least window_size=9 with cp_mesh, got 8"):
         module(x)
     transformer = model(2, block_size=[4, None])
-    transformer.cp_mesh = meshes[4]
-    with pytest.raises(ValueError, match="block_size must be set with cp_mesh, got None"):
-        transformer(tokens(2, 8))
     transformer.cp_mesh = [meshes[4], None]
     with pytest.raises(ValueError, match="cp_mesh must be the same in all layers"):
         transformer(tokens(2, 8))
@@ -189,7 +188,7 @@ def a_rank_that_dies_ends_the_others_with_an_error(meshes):
 
 CLAIMS: list[Claim] = [
     outputs_and_all_gradients_of_a_block_are_those_of_one_process,
-    a_model_of_local_layers_that_differ_trains_as_in_one_process,
+    a_model_of_layers_that_differ_trains_as_in_one_process,
     ranks_that_share_the_heads_of_a_block_compute_what_one_does,
     no_tensor_is_larger_than_those_of_the_shard_and_one_block,
     compiled_the_exchange_is_a_part_of_the_graph,

@@ -28,7 +28,7 @@ from train.measure import octaves
 from train.modes import Mode, discounted, standard_modes
 from train.runs import find_runs
 from xpos_zoo import XPOS, LogNScaling, RotaryEmbedding, ScaleInvariant, SoftTail, Transformer
-from xpos_zoo.visibility import window_start
+from xpos_zoo.visibility import AttentionPattern
 
 L = 16
 TARGETS = L // 2
@@ -80,7 +80,7 @@ def test_blockwise_targets_see_the_same_number_of_keys_from_the_trained_length_o
     seen = []
     for context in octaves(length, 64)[2:]:
         at = torch.arange(context)
-        seen.append((at + 1 - window_start(at, block_size))[-length // 2 :].tolist())
+        seen.append((at + 1 - AttentionPattern(block_size).start(at))[-length // 2 :].tolist())
     assert all(keys == seen[0] for keys in seen)
     assert sorted({keys % block_size for keys in seen[0]}) == list(range(block_size))  # every phase of a block once
 

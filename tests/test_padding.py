@@ -6,7 +6,7 @@ Axes: b batch, n sequence.
 from functools import partial
 
 import torch
-from builders import block, model, normal, tokens
+from builders import block, locality, model, normal, tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import difference, gradients, relative_error, sloped
@@ -26,7 +26,7 @@ def masks(b: int, most: int, rows: int) -> st.SearchStrategy[list[list[bool]]]:
 
 @given(
     padding=masks(1, 40, 3),
-    block_size=st.none() | st.integers(1, 12),
+    local=locality(None, 1, 3, 12),
     positions=st.sampled_from([partial(XPOS, scale_base=8), partial(XPOS, scale_base=0.3)]),
     scaling=st.none() | st.just(LogNScaling(0.5, 5)),
     tail=st.sampled_from([None, SoftTail(2.0, 5), sloped]),
@@ -35,10 +35,10 @@ def masks(b: int, most: int, rows: int) -> st.SearchStrategy[list[list[bool]]]:
     bias=st.booleans(),
     qk_norm=st.booleans(),
 )
-def test_a_padded_row_gives_what_it_gives_alone(padding, scaling, tail, documents, **options):
-    module, mask = block(query_scaling=scaling, distance_bias=tail, **options), torch.tensor(padding)
+def test_a_padded_row_gives_what_it_gives_alone(padding, local, scaling, tail, documents, **options):
+    module, mask = block(query_scaling=scaling, distance_bias=tail, **local, **options), torch.tensor(padding)
     b, n = mask.shape
-    ids = (torch.arange(n) // 7).expand(b, n) if documents and scaling is None else None
+    ids = (torch.arange(n) // 7).expand(b, n) if documents else None
     x, upstream = normal(0, b, n, 32), normal(1, b, n, 32)
     x[mask] = torch.nan  # padding may hold anything
     x.requires_grad_()
@@ -56,13 +56,14 @@ def test_a_padded_row_gives_what_it_gives_alone(padding, scaling, tail, document
 
 @given(
     padding=st.lists(masks(2, 12, 2), min_size=1, max_size=6),
-    block_size=st.lists(st.none() | st.integers(1, 8), min_size=2, max_size=2),
+    block_size=st.sampled_from([1, 4, None]),
+    window_size=st.sampled_from([1, 5, None]),
 )
-def test_a_padded_row_decodes_as_it_does_alone(padding, block_size):
+def test_a_padded_row_decodes_as_it_does_alone(padding, block_size, window_size):
     """Through layers that differ."""
     positions, scaling = [partial(XPOS, scale_base=4), partial(XPOS, max_wavelength=40)], [None, LogNScaling(0.3, 10)]
     options = {"positions": positions, "query_scaling": scaling, "num_kv_heads": 2}
-    transformer = model(block_size=block_size, **options).requires_grad_(False)
+    transformer = model(block_size=[block_size, None], window_size=[None, window_size], **options).requires_grad_(False)
     cache, masks = transformer.make_cache(2), [torch.tensor(rows) for rows in padding]
     words = [(tokens(*mask.shape) + i) % 50 for i, mask in enumerate(masks)]
     pieces = [transformer(word, cache, key_padding_mask=mask) for word, mask in zip(words, masks, strict=True)]

@@ -31,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "half-split": {"positions": partial(XPOS, scale_base=6.1, base=100.0, interleaved=False)},
     "rotary": {"positions": partial(RotaryEmbedding, base=77.7, interleaved=False), "tie_embeddings": False},
     "QK-norm": {"qk_norm": True},
+    "gates and a window": {"output_gate": True, "window_size": 4},
     "grouped": {"num_kv_heads": 1, "head_dim": 4, "hidden_dim": 24, "dropout": 0.25},
     "partial": {"positions": partial(XPOS, scale_base=7, max_wavelength=30), "block_size": 4},
     "layers that differ": {
@@ -83,6 +84,8 @@ def test_the_configuration_is_plain_and_complete(tmp_path):
     settings = {
         "positions": positions,
         "qk_norm": False,
+        "output_gate": False,
+        "window_size": None,
         "tie_embeddings": True,
         "query_scaling": None,
         "distance_bias": None,
@@ -91,9 +94,10 @@ def test_the_configuration_is_plain_and_complete(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_folder_of_version_0_2_is_of_a_model_without_qk_norm(tmp_path):
+def test_a_folder_of_version_0_2_is_of_a_model_without_what_came_later(tmp_path):
     make().save_pretrained(tmp_path)
-    assert Transformer.from_pretrained(rewritten(tmp_path, qk_norm=...)).config.qk_norm is False
+    older = Transformer.from_pretrained(rewritten(tmp_path, qk_norm=..., output_gate=..., window_size=...))
+    assert (older.config.qk_norm, older.config.output_gate, older.config.window_size) == (False, False, None)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

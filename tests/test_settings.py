@@ -28,7 +28,7 @@ def test_an_argument_of_positions_that_is_set_later_gives_what_a_new_module_give
     ids=lambda module: type(module).__name__,
 )
 def test_what_cannot_take_effect_later_cannot_be_set(module):
-    fixed = "head_dim", "embed_dim", "num_heads", "num_kv_heads", "qk_norm", "max_length", "attentions", "config"
+    fixed = "head_dim", "embed_dim", "num_heads", "qk_norm", "output_gate", "max_length", "attentions", "config"
     for name in fixed:
         if hasattr(type(module), name):
             with pytest.raises(AttributeError, match="no setter"):

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from xpos_zoo.bias import DistanceBias, QueryScaling
-from xpos_zoo.blockwise import exchange_previous_block, prepend
+from xpos_zoo.blockwise import fetch_previous, prepend
 from xpos_zoo.cache import KeyValueCache, weight_of
 from xpos_zoo.checks import as_integer, as_sizes
 from xpos_zoo.plan import LayerPlan, plan_attention
 from xpos_zoo.rotary import XPOS, PositionModule
 from xpos_zoo.settings import AttentionSettings
+from xpos_zoo.visibility import AttentionPattern
 
 NORM_EPS = torch.finfo(torch.float32).eps  # RMSNorm's default, but in float64 too, so that all dtypes compute the same
 
@@ -34,10 +35,9 @@ class HeadRMSNorm(nn.RMSNorm):
 
 def setting(name: str) -> Any:
     """A property of an attention that is checked when it is set."""
-    hidden = f"_{name}"
     return property(
-        lambda attention: getattr(attention, hidden),
-        lambda attention, value: setattr(attention, hidden, attention._checked(name, value)),
+        lambda attention: getattr(attention, f"_{name}"),
+        lambda attention, value: attention.set_attention(**{name: value}),
     )
 
 
@@ -52,7 +52,10 @@ class MultiHeadAttention(nn.Module):
         head_dim: channels of a head; by default embed_dim / num_heads.
         positions: called with head_dim, gives the position module: `XPOS`, `RotaryEmbedding`,
             `partial(XPOS, scale_base=64)`, or any `PositionModule` of your own.
-        block_size: None for dense causal attention; an integer for blockwise causal attention in blocks of that size.
+        block_size: None for dense causal attention; an integer for blockwise causal attention in blocks of that size: a
+            query sees its own block and the one before.
+        window_size: None; or an integer, in place of block_size, for a sliding window: a query sees so many tokens, its
+            own included.
         query_scaling: None, or a `QueryScaling` by the number of keys seen: `LogNScaling`, `ScalableSoftmax`.
         distance_bias: None, or a `DistanceBias`: `ScaleInvariant`, `SoftTail`, `ALiBi`; a module's parameters are
             trained with the others. On CUDA it is left to FlexAttention, unless there is dropout or float64. Elsewhere
@@ -60,17 +63,21 @@ class MultiHeadAttention(nn.Module):
             masks or scores.
         qk_norm: whether queries and keys are normalised before they are rotated, by an RMSNorm over head_dim with
             weights `q_norm` and `k_norm`, as in Qwen3 (Henry et al. 2020, arXiv 2010.04245).
+        output_gate: whether the output is multiplied by the sigmoid of one more projection of x, `gate_proj`, before
+            `out_proj` (Qiu et al. 2025, arXiv 2505.06708).
         bias: whether the projections have biases.
         dropout: probability of dropping an attention weight in training.
         device, dtype: where the module goes, and as what, once it is made.
 
     Attributes that may be set at any time, on a trained model too:
-        block_size, query_scaling, distance_bias, dropout, positions (a module): as above. To replace a bias that is a
-            module by one that is none, use `set_attention`.
+        block_size, window_size, query_scaling, distance_bias, dropout, positions (a module): as above. To replace a
+            bias that is a module by one that is none, or a block by a window, use `set_attention`.
         q_proj, k_proj, v_proj, out_proj: any modules of the same widths, such as quantised ones and adapters.
-        cp_mesh: None, or a `DeviceMesh` of one dimension for context parallelism: x is then this rank's part of longer
-            rows, which follow each other over its ranks, a multiple of block_size tokens each; so are document_ids.
-            Ranks exchange one block of keys and values. For blockwise attention without a cache.
+        num_kv_heads: of this device, for its caches, where heads are split over several (tensor parallelism).
+        cp_mesh: None, or a `DeviceMesh` of one dimension for context parallelism without a cache: x is then this rank's
+            part of longer rows, which follow each other over its ranks; so are document_ids. Parts are equally long, a
+            multiple of block_size, or at least window_size tokens. Ranks exchange one block or window of keys and
+            values; dense attention gathers those of all ranks.
 
     ValueError if a size is not positive or does not divide as said.
     """
@@ -87,9 +94,11 @@ class MultiHeadAttention(nn.Module):
         head_dim: int | None = None,
         positions: Callable[[int], PositionModule] = XPOS,
         block_size: int | None = None,
+        window_size: int | None = None,
         query_scaling: QueryScaling | None = None,
         distance_bias: DistanceBias | None = None,
         qk_norm: bool = False,
+        output_gate: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
@@ -110,20 +119,24 @@ class MultiHeadAttention(nn.Module):
                 )
             head_dim = embed_dim // num_heads
         head_dim = as_integer("head_dim", head_dim, allowed="even and above 0", even=True)
-        if not isinstance(qk_norm, bool):
-            raise ValueError(f"qk_norm must be True or False, got {qk_norm!r}")
+        for name, value in {"qk_norm": qk_norm, "output_gate": output_gate}.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         if isinstance(positions, nn.Module):
             raise ValueError(f"positions must be called with head_dim to give a module, such as XPOS, got {positions}")
-        self._sizes = embed_dim, num_heads, num_kv_heads, head_dim
+        self._sizes = embed_dim, num_heads, head_dim
+        self.num_kv_heads = num_kv_heads
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+        self.gate_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias) if output_gate else None
         self.q_norm = HeadRMSNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = HeadRMSNorm(head_dim) if qk_norm else nn.Identity()
         self.set_attention(
             positions=positions(head_dim),
             block_size=block_size,
+            window_size=window_size,
             query_scaling=query_scaling,
             distance_bias=distance_bias,
             dropout=dropout,
@@ -132,19 +145,22 @@ class MultiHeadAttention(nn.Module):
         self.to(device, dtype)
 
     def set_attention(self, **settings: Any) -> None:
-        """Set any of positions (a module), block_size, query_scaling, distance_bias, dropout and cp_mesh.
+        """Set any of positions (a module), block_size, window_size, query_scaling, distance_bias, dropout and cp_mesh.
 
         ValueError, and nothing is set, if one is unknown or cannot be what it is given as.
         """
         checked = {name: self._checked(name, value) for name, value in settings.items()}
+        sizes = {name: checked.get(name, getattr(self, f"_{name}", None)) for name in ("block_size", "window_size")}
+        if None not in sizes.values():
+            raise ValueError(f"block_size or window_size must be None, got {' and '.join(map(str, sizes.values()))}")
         if "distance_bias" in checked and "distance_bias" in dict(self.named_children()):
             del self.distance_bias  # torch lets nothing but a module take a module's place
         for name, value in checked.items():
-            setattr(self, name, value)
+            setattr(self, name if name in ("positions", "distance_bias") else f"_{name}", value)
 
     def _checked(self, name: str, value: Any) -> Any:
         match name:
-            case "block_size":
+            case "block_size" | "window_size":
                 allowed = "above 0 and an integer, or None for dense attention"
                 return None if value is None else as_integer(name, value, allowed=allowed)
             case "positions":
@@ -162,16 +178,17 @@ class MultiHeadAttention(nn.Module):
                 if value is not None and not (isinstance(value, DeviceMesh) and value.ndim == 1):
                     raise ValueError(f"cp_mesh must be a DeviceMesh of one dimension, or None, got {value!r}")
             case _:
-                known = "positions, block_size, query_scaling, distance_bias, dropout or cp_mesh"
+                known = "positions, block_size, window_size, query_scaling, distance_bias, dropout or cp_mesh"
                 raise ValueError(f"an attention's setting must be {known}, got {name!r}")
         return value
 
     embed_dim = property(lambda self: self._sizes[0])
     num_heads = property(lambda self: self._sizes[1])
-    num_kv_heads = property(lambda self: self._sizes[2])
-    head_dim = property(lambda self: self._sizes[3])
+    head_dim = property(lambda self: self._sizes[2])
     qk_norm = property(lambda self: isinstance(self.q_norm, HeadRMSNorm))
+    output_gate = property(lambda self: self.gate_proj is not None)
     block_size = setting("block_size")
+    window_size = setting("window_size")
     query_scaling = setting("query_scaling")
     dropout = setting("dropout")
     cp_mesh = setting("cp_mesh")
@@ -181,20 +198,20 @@ class MultiHeadAttention(nn.Module):
         """How the block attends now; ValueError if positions or distance_bias were set to something else."""
         return AttentionSettings(
             self._checked("positions", self.positions),
-            self.block_size,
+            AttentionPattern(self.block_size, self.window_size),
             self.query_scaling,
             self._checked("distance_bias", self.distance_bias),
             self.dropout if self.training else 0.0,
-            self.cp_mesh is not None and self.cp_mesh.get_local_rank() > 0,
+            0 if self.cp_mesh is None else self.cp_mesh.get_local_rank(),
         )
 
     def extra_repr(self) -> str:
-        sizes = "embed_dim", "num_heads", "num_kv_heads", "head_dim", "block_size"
-        names = *sizes, "query_scaling", "distance_bias", "qk_norm"
+        sizes = "embed_dim", "num_heads", "num_kv_heads", "head_dim", "block_size", "window_size"
+        names = *sizes, "query_scaling", "distance_bias", "qk_norm", "output_gate"
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def make_cache(self, batch_size: int, max_length: int | None = None, **options: Any) -> KeyValueCache:
-        """An empty cache for `forward`, for the present `block_size`; arguments as for `KeyValueCache`."""
+        """An empty cache for `forward`, for the present settings; arguments as for `KeyValueCache`."""
         return KeyValueCache([self], batch_size, max_length, **options)
 
     def forward(
@@ -245,17 +262,19 @@ class MultiHeadAttention(nn.Module):
         k = self.k_norm(rearrange(self.k_proj(x), "b n (g d) -> b n g d", d=self.head_dim))
         v = rearrange(self.v_proj(x), "b n (g d) -> b n g d", d=self.head_dim)
         # Sent before queries are projected, and waited for after.
-        previous = None if self.cp_mesh is None else exchange_previous_block(self.cp_mesh, self.block_size or 0, k, v)
+        settings = self.settings
+        previous = None if self.cp_mesh is None else fetch_previous(self.cp_mesh, settings.pattern.row_length, k, v)
         q = self.q_norm(rearrange(self.q_proj(x), "b n (h d) -> b n h d", d=self.head_dim))
         if previous is not None:
             k, v = prepend(previous, k, v)
-        settings = self.settings
         if (key := settings.plan_key(q.dtype)) != plan.key:
             raise ValueError(
                 f"plan does not match this block: needs {key[1:]} and its rates, was made for {plan.key[1:]}"
             )
         if plan.cache is not None and k.dtype != plan.cache.k.dtype:
             raise ValueError(f"cache must hold the block's dtype {k.dtype}, got {plan.cache.k.dtype}")
-        attended = plan.case.attend(q, k, v, settings, plan.cache)
-        output = self.out_proj(rearrange(attended, "b n h d -> b n (h d)"))
+        attended = rearrange(plan.case.attend(q, k, v, settings, plan.cache), "b n h d -> b n (h d)")
+        if self.gate_proj is not None:
+            attended = attended * self.gate_proj(x).sigmoid()
+        output = self.out_proj(attended)
         return output if plan.padding is None else plan.padding.pad(output)

@@ -1,8 +1,9 @@
-"""Blockwise causal attention (BCA; Sun et al. 2022, section 3.2): a query sees its own block and all of the one before.
+"""Local attention: blockwise causal attention (BCA; Sun et al. 2022, section 3.2) and sliding windows.
 
-Blocks become rows of the batch, of w queries on 2 w keys; the first block, which has none before it, is attended to
-apart. So cost is linear in length. With context parallelism, each rank holds a part of a sequence, and gets the last
-block of the rank before.
+In blocks of w tokens, a query sees its own block and all of the one before; with a window of w, the last w tokens. Both
+ways a sequence becomes rows of the batch, of w queries on 2 w keys, of which a window hides those that are too far. The
+first row, which has none before it, is attended to apart. So cost is linear in length. With context parallelism, each
+rank holds a part of a sequence, and gets the last w tokens of the rank before.
 
 Axes: b batch, n tokens, w tokens in a block, j blocks, h heads, g key-value heads, d head dimension, s slots of a
 cache; rows is b, or 1 where all rows of the batch are alike.
@@ -33,7 +34,7 @@ from xpos_zoo.rotary import Rotary, make_rotary
 from xpos_zoo.rotation import at_least_float32
 from xpos_zoo.settings import AttentionSettings, BatchLayout, statically_true
 from xpos_zoo.softmax import can_skip_mask
-from xpos_zoo.visibility import Visibility, window_start
+from xpos_zoo.visibility import Visibility
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,31 +80,28 @@ class BlockwisePlan:
 
     @classmethod
     def make(cls, settings: AttentionSettings, layout: BatchLayout, cache: LayerCache | None) -> "BlockwisePlan":
-        w, positions, n = settings.block_size, settings.positions, layout.n
+        pattern, positions, n = settings.pattern, settings.positions, layout.n
+        w, before = pattern.row_length, settings.num_before(n)
         assert w is not None
-        span, device, before = positions.max_span(layout.dtype), layout.device, w * settings.has_previous_block
-        num_blocks = count_blocks(n, w, cache is not None) + int(settings.has_previous_block)
+        span, device = positions.max_span(layout.dtype), layout.device
+        from_cache = None if cache is None else cls._from_cache(settings, layout, cache)
+        num_blocks = count_blocks(before + n, w) if from_cache is None else from_cache.source_index.shape[1] // w
         must_mask = settings.distance_bias is not None or layout.document_ids is not None
-        needs_terms = must_mask or not can_skip_mask(settings, layout)
+        needs_terms = must_mask or pattern.window_size is not None or not can_skip_mask(settings, layout)
         limit = chunk_limit(settings, layout, w) if needs_terms else NO_LIMIT
         size, chunks = split_into_chunks(w, w if 2 * w <= span else origin_limit(span, limit))
 
         at = torch.arange(before + n, device=device)[None] if cache is None else layout.positions
-        key_factors, factors, q_exponents = None, [], at % w
+        key_factors, factors = None, []
+        q_exponents = (at if from_cache is None else from_cache.output_index) % w
         if 2 * w > span:
             q_exponents = q_exponents % size - size // 2
             factors = sliding_factors(positions, chunks, size, layout, before=w)
         elif positions.decays:  # the origin is where the query's block begins
             key_factors = per_channel(positions, (w - torch.arange(2 * w, device=device))[None], layout.dtype)
         q_rotary, k_rotary = make_rotary(
-            positions, at, q_exponents, None, query_factor(settings, at, layout.dtype), layout.dtype
+            positions, at, q_exponents, None, query_factor(settings, at, layout), layout.dtype
         )
-        if before:
-            cos, sin, factor = (
-                None if t is None else t[:, before:] for t in (q_rotary.cos, q_rotary.sin, q_rotary.factor)
-            )
-            q_rotary = Rotary(cos, sin, factor, q_rotary.interleaved)
-
         ids = None if layout.document_ids is None else document_blocks(layout.document_ids, w, num_blocks)
         own = None if ids is None else ids[:, 0]
         pairs = (
@@ -112,30 +110,29 @@ class BlockwisePlan:
             else (ids[:, 1:].flatten(0, 1), torch.cat((ids[:, :-1], ids[:, 1:]), dim=-1).flatten(0, 1))
         )
         place = torch.arange(2 * w, device=device)[None]
-        first = Visibility(place[:, :w], w, must_mask or (needs_terms and len(chunks) > 1), own, own)
-        rest = Visibility(place[:, w:], 2 * w, needs_terms, *pairs)
+        first = Visibility(place[:, :w], w, must_mask or (needs_terms and len(chunks) > 1), pattern, own, own)
+        rest = Visibility(place[:, w:], 2 * w, needs_terms, pattern, *pairs)
         keep_terms = w <= MASK_CHUNK and not use_flex(settings, w, device, layout.dtype)
         first, rest = (each.prepare(settings.distance_bias, layout.dtype, keep_terms) for each in (first, rest))
         return cls(
-            q_rotary,
+            q_rotary.after(before),
             k_rotary,
             0 if cache is not None else num_blocks * w - before - n,
             key_factors,
             ChunkPlan(first, chunks, [factor[:, :, :, w:] for factor in factors], limit),
             ChunkPlan(rest, chunks, factors, limit),
-            None if cache is None else cls._from_cache(settings, layout, cache, num_blocks),
+            from_cache,
         )
 
     @staticmethod
-    def _from_cache(
-        settings: AttentionSettings, layout: BatchLayout, cache: LayerCache, num_blocks: int
-    ) -> BlocksFromCache:
-        w, positions, n, at = cache.layout.block_size, settings.positions, layout.n, layout.positions
+    def _from_cache(settings: AttentionSettings, layout: BatchLayout, cache: LayerCache) -> BlocksFromCache:
+        w, positions, n, at = settings.pattern.row_length, settings.positions, layout.n, layout.positions
         assert w is not None
         assert layout.cached is not None
         first = layout.cached[:, None]
-        start = window_start(first, w)
-        place = start + torch.arange(num_blocks * w, device=layout.device)
+        start = settings.pattern.start(first)
+        most_before = w - 1 if settings.pattern.block_size is None else 2 * w - 1
+        place = start + torch.arange((n + most_before + w - 1) // w * w, device=layout.device)
         # Places after a row's last token repeat it, for padding may hold anything; their outputs are dropped.
         most = n - 1 if layout.counts is None else layout.counts[:, None] - 1
         token = (place - first).clamp(max=most)  # type: ignore[arg-type]
@@ -159,7 +156,7 @@ class BlockwisePlan:
         """
         if cache is not None and q.numel() == 0:
             return q
-        w, n, blocks, dtype = settings.block_size, q.shape[1], self.from_cache, q.dtype
+        w, n, blocks, dtype = settings.pattern.row_length, q.shape[1], self.from_cache, q.dtype
         if settings.positions.decays:
             k = k.to(at_least_float32(dtype))  # rounded once, with the factor
         q, k = self.q_rotary.rotate(q), self.k_rotary.rotate(k)
@@ -173,7 +170,7 @@ class BlockwisePlan:
         if self.key_factors is not None:
             previous = (previous * self.key_factors[:, :w]).to(dtype)
             own = (own * self.key_factors[:, w:]).to(dtype)
-        has_first = not settings.has_previous_block
+        has_first = settings.cp_rank == 0
         rest = q[:, 1:] if has_first else q, torch.cat((previous, own[:, 1:]), 2), torch.cat((v[:, :-1], v[:, 1:]), 2)
         rest_q, rest_k, rest_v = (rearrange(t, "b j w h d -> (b j) w h d") for t in rest)
         attended = self.rest.attend(rest_q, rest_k, rest_v, settings)
@@ -209,10 +206,8 @@ def document_blocks(ids: Tensor, w: int, num_blocks: int) -> Tensor:
     return rearrange(pad(ids, (0, num_blocks * w - ids.shape[1])), "b (j w) -> b j w", w=w)
 
 
-def count_blocks(n: int, w: int, cached: bool) -> int:
-    """Blocks of w tokens for n of them; from a cache, also for what they see before them, wherever they begin."""
-    if cached:
-        return (n + 3 * w - 2) // w
+def count_blocks(n: int, w: int) -> int:
+    """Blocks of w tokens for n of them."""
     if not torch.compiler.is_compiling():
         return -(-n // w)
     # A graph for any length takes a block too many: else there would be one graph more. Not `- statically_true(...)`:
@@ -220,22 +215,27 @@ def count_blocks(n: int, w: int, cached: bool) -> int:
     return n // w if statically_true(n % w == 0) else n // w + 1
 
 
-def exchange_previous_block(mesh: DeviceMesh, w: int, *tensors: Tensor) -> Tensor:
-    """The last w tokens that the rank before has of each of these tensors (b, n, ...): (m, b, w, ...) for m tensors.
+def fetch_previous(mesh: DeviceMesh, w: int | None, *tensors: Tensor) -> Tensor:
+    """The last w tokens that the rank before has of each of these tensors (b, n, ...), or, if w is None, all that the
+    ranks before have: (m, b, w, ...) for m tensors, (m, b, 0, ...) on the first rank.
 
-    (m, b, 0, ...) on the first rank. All ranks must call it, with as many tensors of the same shape but for n; one
-    message goes to the next rank, and one comes back with its gradients. It is waited for when it is first read.
+    All ranks must call it, with as many tensors of the same shape. For w, one message goes to the next rank, and one
+    comes back with its gradients, else all ranks send all they have. It is waited for when it is first read.
     """
     # Private, but what torch names in place of its public functions that differentiate: those are deprecated, and break
     # graphs.
-    from torch.distributed._functional_collectives import all_to_all_single_autograd
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
 
     rank, size = mesh.get_local_rank(), mesh.size()
+    if w is None:
+        parts = all_gather_tensor_autograd(torch.stack(tensors), 0, mesh)
+        parts = rearrange(parts, "(r m) b n ... -> r m b n ...", m=len(tensors))[:rank]
+        return rearrange(parts, "r m b n ... -> m b (r n) ...")
     sent, received = ([w * (to == rank + step) for to in range(size)] for step in (1, -1))
     last = rearrange([t[:, -w:] for t in tensors], "m b w ... -> w m b ...")[: sum(sent)]
     return rearrange(all_to_all_single_autograd(last.contiguous(), received, sent, mesh), "w m b ... -> m b w ...")
 
 
 def prepend(previous: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The tensors (b, n, ...), each after its part of what `exchange_previous_block` gave."""
+    """The tensors (b, n, ...), each after its part of what `fetch_previous` gave."""
     return [torch.cat(pair, dim=1) for pair in zip(previous.unbind(), tensors, strict=True)]

@@ -32,12 +32,14 @@ class CacheLayout:
     """What a layer's cache and the attention that it is for have in common.
 
     At most `segment_length` keys share an origin: so many that no factor is above 2^8, or 2 in float16. It is a power
-    of two, or a divisor of block_size.
+    of two, or a divisor of block_size. Local attention keeps `num_slots` keys: two blocks, or a window and the part of
+    a segment that new keys have not overwritten yet; of dense attention it is 0.
     """
 
     num_kv_heads: int
     head_dim: int
     block_size: int | None
+    window_size: int | None
     rates: tuple[complex, ...]
     interleaved: bool
     segment_length: int
@@ -45,13 +47,21 @@ class CacheLayout:
     @classmethod
     def of(cls, attention: Any, dtype: torch.dtype) -> "CacheLayout":
         """That of an attention for a cache of `dtype`."""
-        positions, w = attention.positions, attention.block_size
+        positions, w, window = attention.positions, attention.block_size, attention.window_size
         limit = max(1, positions.max_span(dtype) // 8)
-        if w is None:
-            length = 2 ** (limit.bit_length() - 1)
-        else:
+        if w is not None:
             length = next(p for p in range(min(limit, w), 0, -1) if w % p == 0)
-        return cls(attention.num_kv_heads, attention.head_dim, w, positions.rates, positions.interleaved, length)
+        else:
+            most = limit if window is None else min(limit, max(1, window // 4))
+            length = 2 ** (most.bit_length() - 1)
+        heads, rates = (attention.num_kv_heads, attention.head_dim), (positions.rates, positions.interleaved)
+        return cls(*heads, w, window, *rates, length)
+
+    @property
+    def num_slots(self) -> int:
+        if self.window_size is not None:
+            return -(-(self.window_size + self.segment_length - 1) // self.segment_length) * self.segment_length
+        return 2 * (self.block_size or 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +94,8 @@ class WriteIndex:
 class LayerCache(nn.Module):
     """Keys and values of one layer, k and v (b, g, s, d).
 
-    Dense, it has a slot for each of `max_length` tokens. Blockwise, it has two blocks of slots: the token at position t
-    is in slot t % s, and overwrites one that no later query sees (a ring buffer).
+    Dense, it has a slot for each of `max_length` tokens. In local attention it is a ring buffer of a fixed size: the
+    token at position t is in slot t % s, and overwrites one that no later query sees.
     """
 
     k: Tensor
@@ -109,7 +119,7 @@ class LayerCache(nn.Module):
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point one, got {dtype}")
         layout = CacheLayout.of(attention, dtype)
-        shape = batch_size, layout.num_kv_heads, 2 * (layout.block_size or 0), layout.head_dim
+        shape = batch_size, layout.num_kv_heads, layout.num_slots, layout.head_dim
         # Zeros, for a hidden value times its weight 0 must be 0.
         cache = cls(layout, *(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
         cache.grow(max_length)
@@ -130,7 +140,7 @@ class LayerCache(nn.Module):
 
     def grow(self, max_length: int) -> None:
         """Give dense attention slots for max_length tokens."""
-        if self.layout.block_size is None:
+        if self.layout.num_slots == 0:
             # Old keys remain right: a segment that becomes longer was the only one, and starts at 0.
             length = min(self.layout.segment_length, max_length)
             more = -(-max_length // length) * length - self.num_slots
@@ -189,7 +199,7 @@ class KeyValueCache(nn.Module):
         attentions: the attention of each layer.
         batch_size: rows.
         max_length: tokens per row that dense attention has room for; None for as many as come: a full cache then
-            becomes twice as large, though not in a compiled graph. Blockwise attention needs none: it keeps two blocks.
+            becomes twice as large, though not in a compiled graph. Local attention needs none.
         dtype, device: by default those of the weights; under autocast its dtype, for quantised weights torch's default.
 
     `length` counts the tokens seen, (b,), int64. ValueError if a size is not positive.
@@ -216,7 +226,7 @@ class KeyValueCache(nn.Module):
             device = layers[0].k.device if layers else device
             self.register_buffer("length", torch.zeros(batch_size, dtype=torch.int64, device=device))
         self.layers = nn.ModuleList(layers)
-        self._max_length = max_length if any(layer.layout.block_size is None for layer in layers) else None
+        self._max_length = max_length if any(layer.layout.num_slots == 0 for layer in layers) else None
         self.num_new_tokens: Tensor | int = 0
         self.register_load_state_dict_pre_hook(prepare_to_load)
 
@@ -259,10 +269,10 @@ class KeyValueCache(nn.Module):
     def crop(self, lengths: int | Tensor) -> None:
         """Keep at most so many tokens of each row, the first ones: an integer, or one for each row, (b,).
 
-        ValueError if a layer is blockwise, whose later tokens have overwritten what it would go back to.
+        ValueError if a layer is local, whose later tokens have overwritten what it would go back to.
         """
-        if any(layer.layout.block_size is not None for layer in self):
-            raise ValueError("block_size must be None to crop a cache: blocks overwrite those before them")
+        if any(layer.layout.num_slots for layer in self):
+            raise ValueError("block_size and window_size must be None to crop a cache: new keys overwrite old ones")
         if isinstance(lengths, Tensor):
             require_integers("lengths", lengths, self.length.shape)
         if not isinstance(lengths, Tensor) or (lengths < 0).any():
@@ -319,7 +329,7 @@ def prepare_to_load(cache: KeyValueCache, state_dict: dict[str, Any], prefix: st
         k, layout = (state_dict.get(f"{prefix}layers.{i}.{name}") for name in ("k", "_extra_state"))
         if layout is not None and layout != layer.get_extra_state():
             raise ValueError(f"state_dict does not match this cache: has {layout}, needs {layer.get_extra_state()}")
-        if k is not None and cache.grows and layer.layout.block_size is None and k.shape[2] > layer.num_slots:
+        if k is not None and cache.grows and layer.layout.num_slots == 0 and k.shape[2] > layer.num_slots:
             cache.grow(k.shape[2])
         if k is not None and k.shape != layer.k.shape:
             raise ValueError(f"state_dict must hold keys {tuple(layer.k.shape)} in layer {i}, got {tuple(k.shape)}")

@@ -18,7 +18,7 @@ from xpos_zoo.dense import per_channel, query_factor
 from xpos_zoo.rotary import Rotary, make_rotary
 from xpos_zoo.rotation import at_least_float32
 from xpos_zoo.settings import AttentionSettings, BatchLayout
-from xpos_zoo.visibility import LogitTerms, is_visible
+from xpos_zoo.visibility import LogitTerms
 
 SEGMENTS_AT_ONCE = 64  # whose keys are converted to float32 at a time: never the whole cache
 
@@ -54,7 +54,7 @@ class DecodePlan:
             # visible key may start after the query.
             segment_factors = per_channel(positions, (at - k_positions[:, ::length]).clamp(min=0), layout.dtype)
         q_rotary, k_rotary = make_rotary(
-            positions, at, None, -(at % length), query_factor(settings, at, layout.dtype), layout.dtype
+            positions, at, None, -(at % length), query_factor(settings, at, layout), layout.dtype
         )
         write = WriteIndex.make(layout, cache.num_slots)
         plan = cls(q_rotary, k_rotary, segment_factors, write, at, k_positions, None)
@@ -62,7 +62,7 @@ class DecodePlan:
 
     def logit_terms(self, settings: AttentionSettings) -> LogitTerms:
         """Of all slots, (b, h or 1, 1, s)."""
-        visible = is_visible(self.q_positions, self.k_positions, settings.block_size)
+        visible = settings.pattern.is_visible(self.q_positions, self.k_positions)
         distance = (self.q_positions - self.k_positions).clamp(min=0)
         bias, gain = bias_and_gain(settings.distance_bias, distance[:, None, None])
         return LogitTerms(torch.where(visible[:, None, None], bias, -torch.inf), gain)

@@ -22,7 +22,7 @@ from xpos_zoo.rotary import PositionModule, Rotary, make_rotary, materialise
 from xpos_zoo.rotation import at_least_float32
 from xpos_zoo.settings import AttentionSettings, BatchLayout
 from xpos_zoo.softmax import can_skip_mask, softmax_attention
-from xpos_zoo.visibility import Visibility, window_start
+from xpos_zoo.visibility import Visibility
 
 MASK_CHUNK = 1024  # queries at a time where attention takes a mask, which bounds it at 1024 x m
 GAIN_CHUNK = 128  # with a gain in eager mode, where no kernel is fused: scores stay in a CPU's caches
@@ -128,15 +128,18 @@ class DensePlan:
     def make(cls, settings: AttentionSettings, layout: BatchLayout, cache: LayerCache | None) -> "DensePlan":
         n, positions, ids, device = layout.n, settings.positions, layout.document_ids, layout.device
         span = positions.max_span(layout.dtype)
+        before = settings.num_before(n)
         needs_terms = settings.distance_bias is not None or ids is not None or cache is not None
-        if not needs_terms and n > span:
+        if not needs_terms and (before or n > span):
             needs_terms = not can_skip_mask(settings, layout)
         limit = chunk_limit(settings, layout, n) if needs_terms else NO_LIMIT
         size, chunks = split_into_chunks(n, origin_limit(span, limit))
 
-        at, middle, num_keys, key_factors, write = layout.positions, size // 2, n, [], None
+        at, middle, num_keys, key_factors, write = layout.positions, size // 2, before + n, [], None
         length = 1 if cache is None else cache.segment_length
-        q_exponents = torch.arange(n, device=device)[None]
+        if before:
+            at = torch.arange(num_keys, device=device)[None]
+        q_exponents = torch.arange(-before, n, device=device)[None]
         q_exponents = (q_exponents if len(chunks) == 1 else q_exponents % size) - middle
         k_exponents = -q_exponents if len(chunks) == 1 else None
         if cache is not None:
@@ -149,19 +152,24 @@ class DensePlan:
                 distance = (layout.first + first + middle - starts).clamp(min=-middle)
                 key_factors.append(per_channel(positions, distance, layout.dtype)[:, None])
         elif positions.decays and len(chunks) > 1:
-            key_factors = sliding_factors(positions, chunks, size, layout)
+            key_factors = sliding_factors(positions, chunks, size, layout, before)
 
         q_rotary, k_rotary = make_rotary(
-            positions, at, q_exponents, k_exponents, query_factor(settings, at, layout.dtype), layout.dtype
+            positions, at, q_exponents, k_exponents, query_factor(settings, at, layout), layout.dtype
         )
-        visibility = Visibility(at, num_keys, needs_terms, ids, ids)
+        q_ids = None if ids is None else ids[:, before:]
+        visibility = Visibility(at[:, before:], num_keys, needs_terms, settings.pattern, q_ids, ids)
         flex = use_flex(settings, n, device, layout.dtype)
         few = n <= max(limit, MASK_CHUNK)
         visibility = visibility.prepare(settings.distance_bias, layout.dtype, few and not flex)
-        return cls(q_rotary, k_rotary, ChunkPlan(visibility, chunks, key_factors, limit, cache is None), write)
+        chunk_plan = ChunkPlan(visibility, chunks, key_factors, limit, is_aligned=cache is None)
+        return cls(q_rotary.after(before), k_rotary, chunk_plan, write)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings, cache: LayerCache | None) -> Tensor:
-        """Attention of q (b, n, h, d) on k, v (b, n, g, d), not yet rotated, and all before them: (b, n, h, d)."""
+        """Attention of q (b, n, h, d) on k, v (b, n, g, d), not yet rotated, and all before them: (b, n, h, d).
+
+        With context parallelism, k and v have those of other ranks in front.
+        """
         if cache is not None:
             if q.numel() == 0:
                 return q
@@ -203,8 +211,10 @@ def per_channel(positions: PositionModule, distance: Tensor, dtype: torch.dtype)
     return materialise(factor)[0]
 
 
-def query_factor(settings: AttentionSettings, at: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What queries at positions (rows, n) are multiplied by for the number of keys they see, (rows, n); or None."""
+def query_factor(settings: AttentionSettings, at: Tensor, layout: BatchLayout) -> Tensor | None:
+    """What queries at positions (rows, n) are multiplied by for the number of keys they see, (b or 1, n); or None."""
     if settings.query_scaling is None:
         return None
-    return settings.query_scaling(at + 1 - window_start(at, settings.block_size), at_least_float32(dtype))
+    return settings.query_scaling(
+        settings.pattern.count_visible(at, layout.document_ids), at_least_float32(layout.dtype)
+    )

@@ -66,7 +66,7 @@ class XposCache(Cache):
         self.kv, self.columns = model.make_cache(batch_size), 0
 
     is_compileable = property(lambda self: False)  # type: ignore[assignment]
-    is_croppable = property(lambda self: all(layer.layout.block_size is None for layer in self.kv))  # type: ignore[assignment]
+    is_croppable = property(lambda self: all(layer.layout.num_slots == 0 for layer in self.kv))  # type: ignore[assignment]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns

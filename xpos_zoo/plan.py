@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from xpos_zoo.blockwise import BlockwisePlan, exchange_previous_block, prepend
+from xpos_zoo.blockwise import BlockwisePlan, fetch_previous, prepend
 from xpos_zoo.cache import KeyValueCache, LayerCache
 from xpos_zoo.checks import require_integers
 from xpos_zoo.decode import DecodePlan
@@ -44,12 +44,13 @@ class LayerPlan:
 
 def make_case(settings: AttentionSettings, layout: BatchLayout, cache: LayerCache | None) -> CasePlan:
     """The plan of the case that applies."""
-    w = settings.block_size
+    w = settings.pattern.row_length
     if cache is not None and layout.n == 1:
         return DecodePlan.make(settings, layout, cache)
-    if w is not None and (cache is not None or settings.has_previous_block or layout.n > 2 * w):
+    # In up to two blocks, or in one window, a query sees all keys before it.
+    if w is not None and (cache or settings.cp_rank or layout.n > (2 * w if settings.pattern.block_size else w)):
         return BlockwisePlan.make(settings, layout, cache)
-    return DensePlan.make(settings, layout, cache)  # in up to two blocks, too, every query sees all keys before it
+    return DensePlan.make(settings, layout, cache)
 
 
 def plan_attention(
@@ -92,8 +93,6 @@ def plan_attention(
         require_integers("document_ids", document_ids, x.shape[:2])
         if cache is not None:
             raise ValueError("document_ids must be None with a cache: each row of a cache is one document")
-        if any(block.query_scaling is not None for block in blocks):
-            raise ValueError("document_ids must be None with query_scaling, which counts the keys of a whole row")
         if padding is not None:
             document_ids = document_ids.gather(1, padding.order[..., 0])
     check_context_parallel(blocks, n, cache, padding)
@@ -129,21 +128,21 @@ def make_padding(mask: Any, b: int, n: int) -> Padding:
 def check_context_parallel(blocks: Sequence[Any], n: int, cache: KeyValueCache | None, padding: Padding | None) -> None:
     if any(block.cp_mesh != blocks[0].cp_mesh for block in blocks):
         raise ValueError("cp_mesh must be the same in all layers: each gets a part of the tokens from the one before")
-    for w in (block.block_size for block in blocks if block.cp_mesh is not None):
+    for w, window in ((block.block_size, block.window_size) for block in blocks if block.cp_mesh is not None):
         if padding is not None:
             raise ValueError("key_padding_mask must be None with cp_mesh: tokens do not move to other ranks")
         if cache is not None:
             raise ValueError("cache must be None with cp_mesh: set that to None to decode")
-        if w is None:
-            raise ValueError("block_size must be set with cp_mesh, got None: dense layers need the keys of all ranks")
-        if n == 0 or n % w:
+        if w is not None and (n == 0 or n % w):
             raise ValueError(f"seq_len must be a multiple of block_size={w} with cp_mesh, got {n}")
+        if n < (window or 1):
+            raise ValueError(f"seq_len must be at least window_size={window} with cp_mesh, got {n}")
 
 
 def with_previous_documents(layout: BatchLayout, block: Any) -> BatchLayout:
-    """With context parallelism, the document ids of the block before the first, too, which another rank has."""
+    """With context parallelism, also the document ids of the keys that other ranks have."""
     ids = layout.document_ids
     if ids is None or block.cp_mesh is None:
         return layout
-    previous = exchange_previous_block(block.cp_mesh, block.block_size, ids)
+    previous = fetch_previous(block.cp_mesh, block.settings.pattern.row_length, ids)
     return replace(layout, document_ids=prepend(previous, ids)[0])

@@ -22,7 +22,7 @@ from xpos_zoo.rotary import XPOS, RotaryEmbedding
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HEADER = {"model_type": "xpos_zoo", "version": 3}
-ADDED = {"qk_norm"}  # keys that folders of earlier versions lack
+ADDED = {"qk_norm", "window_size", "output_gate"}  # keys that folders of earlier versions lack
 # Nothing else is ever made from a configuration: a name in it is looked up here, never imported.
 KNOWN: dict[str, tuple[type, ...]] = {
     "positions": (XPOS, RotaryEmbedding),
@@ -37,7 +37,7 @@ class TransformerConfig:
     """All that says what a `Transformer` is but for its weights, in plain values that JSON can hold.
 
     The attributes are arguments of `Transformer`. Positions, query_scaling and distance_bias name a class of the
-    library, with its arguments: {"name": "SoftTail", "power": 2, "trained_length": 128}. They and block_size are lists
+    library, with its arguments: {"name": "SoftTail", "power": 2, "trained_length": 128}. They and sizes are lists
     where layers differ. `Transformer.from_config` checks all values.
     """
 
@@ -49,9 +49,11 @@ class TransformerConfig:
     head_dim: int | None = None
     positions: Named | list[Named] = dataclasses.field(default_factory=lambda: {"name": "XPOS"})
     block_size: int | list[int | None] | None = None
+    window_size: int | list[int | None] | None = None
     query_scaling: Named | list[Named | None] | None = None
     distance_bias: Named | list[Named | None] | None = None
     qk_norm: bool = False
+    output_gate: bool = False
     hidden_dim: int | None = None
     dropout: float = 0.0
     tie_embeddings: bool = True

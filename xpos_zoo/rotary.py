@@ -229,6 +229,13 @@ class Rotary:
     factor: Tensor | None
     interleaved: bool
 
+    def after(self, count: int) -> "Rotary":
+        """Without the first tokens."""
+        if count == 0:
+            return self
+        cos, sin, factor = (None if t is None else t[:, count:] for t in (self.cos, self.sin, self.factor))
+        return Rotary(cos, sin, factor, self.interleaved)
+
     def rotate(self, x: Tensor) -> Tensor:
         """x (b, n, heads, d), rotated and scaled; x's dtype."""
         if self.cos is None or self.sin is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xpos_zoo.bias import DistanceBias, QueryScaling
 from xpos_zoo.rotary import PositionModule
+from xpos_zoo.visibility import AttentionPattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,24 +19,31 @@ class AttentionSettings:
     """How a layer attends, apart from its weights.
 
     Attributes:
-        positions, block_size, query_scaling, distance_bias: as `MultiHeadAttention` has them.
+        positions, query_scaling, distance_bias: as `MultiHeadAttention` has them.
+        pattern: which keys a query sees.
         dropout_p: probability of dropping an attention weight now; 0 in evaluation.
-        has_previous_block: whether a block of keys comes before the first query's, from another rank.
+        cp_rank: how many ranks have tokens before these, with context parallelism.
     """
 
     positions: PositionModule
-    block_size: int | None = None
+    pattern: AttentionPattern
     query_scaling: QueryScaling | None = None
     distance_bias: DistanceBias | None = None
     dropout_p: float = 0.0
-    has_previous_block: bool = False
+    cp_rank: int = 0
 
     def plan_key(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """What is equal in layers that share a plan for q and k of `dtype`; bfloat16 and float32 may share one."""
         precision = dtype if dtype in (torch.float16, torch.float64) else None
-        settings = self.block_size, self.query_scaling, self.distance_bias, self.dropout_p > 0, self.has_previous_block
+        pattern = self.pattern.block_size, self.pattern.window_size
+        settings = *pattern, self.query_scaling, self.distance_bias, self.dropout_p > 0, self.cp_rank
         # Rates in place of the module: layers that are compiled one by one then share a graph.
         return self.positions.rates, self.positions.interleaved, *settings, precision
+
+    def num_before(self, n: int) -> int:
+        """How many keys other ranks give to n queries of this one: those of a row, or all before them."""
+        length = self.pattern.row_length
+        return n * self.cp_rank if length is None else length * (self.cp_rank > 0)
 
     @property
     def has_learned_bias(self) -> bool:
@@ -78,7 +86,7 @@ class BatchLayout:
         cached: tokens before them, (b,), in a cache; None without.
         counts: how many of each row's n tokens count, (b,), the others being padding; None if all do.
         longest: the most tokens that a row has with these; None if it is not known before a graph runs.
-        document_ids: (b, n) or None; with a previous block, that block's too.
+        document_ids: (b, n) or None; with context parallelism, those of keys from other ranks before them.
         padding: None if all tokens count, or the first `counts` of each row.
     """
 

@@ -90,10 +90,11 @@ def can_skip_mask(settings: AttentionSettings, layout: BatchLayout) -> bool:
     if not torch.compiler.is_compiling() and not torch.backends.cuda.flash_sdp_enabled():
         return False  # `sdpa_kernel` forbids it, on CPUs too
     if layout.device.type != "cuda":
-        return layout.device.type == "cpu" and settings.block_size is None and settings.dropout_p == 0
+        return layout.device.type == "cpu" and settings.pattern.row_length is None and settings.dropout_p == 0
     if layout.dtype not in (torch.bfloat16, torch.float16):
         return False
     head_dim = 2 * len(settings.positions.rates)
-    rows = layout.b * (3 + (0 if settings.block_size is None else layout.n // settings.block_size))
+    length = settings.pattern.row_length
+    rows = layout.b * (3 + (0 if length is None else layout.n // length))
     fits = head_dim % 8 == 0 and head_dim <= 192 and rows < 2**16
     return fits and torch.version.hip is None and torch.cuda.get_device_properties(layout.device).major >= 8

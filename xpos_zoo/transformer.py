@@ -85,9 +85,9 @@ class Transformer(nn.Module):
 
     Args:
         vocab_size, embed_dim, num_layers, num_heads: sizes.
-        num_kv_heads, head_dim, qk_norm: see `MultiHeadAttention`.
-        positions, block_size, query_scaling, distance_bias: see there; for all layers, or a list with one for each
-            (local layers, with a small block, and global ones). Layers share a bias that is one module.
+        num_kv_heads, head_dim, qk_norm, output_gate: see `MultiHeadAttention`.
+        positions, block_size, window_size, query_scaling, distance_bias: see there; for all layers, or a list with one
+            for each (local layers, with a small window, and global ones). Layers share a bias that is one module.
         hidden_dim: width of the feed-forward network; by default 8/3 embed_dim, rounded up to a multiple of 32.
         dropout: probability of dropping an attention weight, and a feature before it joins the residual stream.
         tie_embeddings: whether the output projection is the embedding's transpose.
@@ -108,9 +108,11 @@ class Transformer(nn.Module):
         head_dim: int | None = None,
         positions: Positions | list[Positions] = XPOS,
         block_size: int | list[int | None] | None = None,
+        window_size: int | list[int | None] | None = None,
         query_scaling: QueryScaling | list[QueryScaling | None] | None = None,
         distance_bias: DistanceBias | list[DistanceBias | None] | None = None,
         qk_norm: bool = False,
+        output_gate: bool = False,
         hidden_dim: int | None = None,
         dropout: float = 0.0,
         tie_embeddings: bool = True,
@@ -122,7 +124,8 @@ class Transformer(nn.Module):
         hidden_dim = -(-8 * embed_dim // (3 * 32)) * 32 if hidden_dim is None else as_integer("hidden_dim", hidden_dim)
         self.checkpoint_activations = False
         self.embedding = nn.Embedding(vocab_size, embed_dim)
-        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "qk_norm": qk_norm}
+        options: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        options |= {"qk_norm": qk_norm, "output_gate": output_gate}
         self.layers = nn.ModuleList(
             DecoderLayer(MultiHeadAttention(embed_dim, num_heads, positions=own, **options), hidden_dim)
             for own in each_layer("positions", positions, num_layers)
@@ -133,7 +136,11 @@ class Transformer(nn.Module):
             self.head.weight = self.embedding.weight
         self.reset_parameters()
         self.set_attention(
-            block_size=block_size, query_scaling=query_scaling, distance_bias=distance_bias, dropout=dropout
+            block_size=block_size,
+            window_size=window_size,
+            query_scaling=query_scaling,
+            distance_bias=distance_bias,
+            dropout=dropout,
         )
         self.to(device, dtype)
 
@@ -158,7 +165,7 @@ class Transformer(nn.Module):
         return [layer.attention for layer in self.layers]  # type: ignore[union-attr]
 
     def set_attention(self, **settings: Any) -> None:
-        """Set positions (modules), block_size, query_scaling, distance_bias, dropout or cp_mesh of all layers.
+        """Set in all layers what `MultiHeadAttention.set_attention` sets.
 
         A list has a value for each layer, anything else is every layer's. ValueError as for
         `MultiHeadAttention.set_attention`, or if a list has another length.
@@ -169,6 +176,7 @@ class Transformer(nn.Module):
 
     positions = of_all_layers("positions", "A `PositionModule`")
     block_size = of_all_layers("block_size", "None for dense attention, else the block size")
+    window_size = of_all_layers("window_size", "None, or the size of the sliding window")
     query_scaling = of_all_layers("query_scaling", "None or a `QueryScaling`")
     distance_bias = of_all_layers("distance_bias", "None or a `DistanceBias`")
     dropout = of_all_layers("dropout", "The probability of dropping an attention weight, and a feature of the residual")
@@ -178,7 +186,7 @@ class Transformer(nn.Module):
     def config(self) -> TransformerConfig:
         """All but the weights, for `from_config`; ValueError if that is more than a configuration can say."""
         values: dict[str, Any] = {}
-        for name in ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "dropout"):
+        for name in ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "output_gate", "dropout"):
             values[name] = one_or_list([getattr(attention, name) for attention in self.attentions])
             if isinstance(values[name], list):
                 raise ValueError(f"{name} must be the same in all layers to be saved, got {values[name]}")
@@ -191,6 +199,7 @@ class Transformer(nn.Module):
             hidden_dim=self.layers[0].feed_forward.gate_proj.out_features,  # type: ignore[union-attr]
             tie_embeddings=self.head.weight is self.embedding.weight,
             block_size=self.block_size,
+            window_size=self.window_size,
             **values,
         )
 

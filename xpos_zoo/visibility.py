@@ -12,17 +12,47 @@ from xpos_zoo.bias import DistanceBias, bias_and_gain
 from xpos_zoo.rotation import at_least_float32
 
 
-def window_start(position: Tensor, block_size: int | None) -> Tensor:
-    """The oldest position that a query at each position sees: 0, or the start of the block before its own."""
-    if block_size is None:
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Which keys a query sees: its own position and those before it, of its own block of `block_size` tokens and the
+    block before, or among the last `window_size` tokens; all of them if both are None."""
+
+    block_size: int | None = None
+    window_size: int | None = None
+
+    @property
+    def row_length(self) -> int | None:
+        """How many queries make a row of the batch, and see keys of it and of the row before; None if dense."""
+        return self.window_size if self.block_size is None else self.block_size
+
+    def start(self, position: Tensor) -> Tensor:
+        """The oldest position that a query at each position sees."""
+        if self.window_size is not None:
+            return (position - self.window_size + 1).clamp(min=0)
+        if self.block_size is not None:
+            return ((position // self.block_size - 1) * self.block_size).clamp(min=0)
         return torch.zeros_like(position)
-    return ((position // block_size - 1) * block_size).clamp(min=0)
 
+    def is_visible(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether queries at some positions see keys at others (broadcast). No key is at a position below 0."""
+        return (key <= query) & (key >= self.start(query))
 
-def is_visible(query: Tensor, key: Tensor, block_size: int | None = None) -> Tensor:
-    """Whether queries at some positions see keys at others (broadcast): their own position and those before it, from
-    `window_start` on. No key is at a position below 0."""
-    return (key <= query) & (key >= window_start(query, block_size))
+    def count_visible(self, positions: Tensor, documents: Tensor | None) -> Tensor:
+        """How many keys tokens at positions (rows, n) see, (b or 1, n); with documents (b, m), of their own document.
+
+        The tokens are then the last n of m.
+        """
+        start = self.start(positions)
+        if documents is None:
+            return positions + 1 - start
+        # Tokens in order of their documents; a token counts from the first visible one of its own to itself.
+        m, order = documents.shape[1], documents.argsort(dim=1, stable=True)
+        sorted_ids = documents.gather(1, order)
+        group = m * (sorted_ids != sorted_ids.roll(1, dims=1)).cumsum(1)
+        own = torch.empty_like(group).scatter(1, order, group)[:, m - positions.shape[1] :]
+        places = group + order
+        end = torch.searchsorted(places, own + positions, right=True)
+        return end - torch.searchsorted(places, own + start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +75,11 @@ class DistanceTable:
     gain: Tensor | None
 
     @classmethod
-    def make(cls, distance_bias: DistanceBias | None, num_keys: int, device: torch.device) -> "DistanceTable":
+    def make(cls, distance_bias: DistanceBias | None, visibility: "Visibility") -> "DistanceTable":
+        num_keys, device = visibility.num_keys, visibility.q_positions.device
         distance = num_keys - 1 - torch.arange(2 * num_keys, device=device)
         bias, gain = bias_and_gain(distance_bias, distance.clamp(min=0)[None, None, None])
-        hidden = ~is_visible(distance, torch.zeros_like(distance))
+        hidden = ~visibility.pattern.is_visible(distance, torch.zeros_like(distance))
         bias = bias.expand(torch.broadcast_shapes(bias.shape, (1, 1, 1, len(distance)))).masked_fill(hidden, -torch.inf)
         return cls(bias[0, :, 0], None if gain is None else gain.expand(1, -1, 1, len(distance))[0, :, 0])
 
@@ -67,12 +98,13 @@ class DistanceTable:
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
-    """Queries at some positions on keys at positions 0, 1, ..., m - 1: each sees its own position and those before it.
+    """Queries at some positions on keys at positions 0, 1, ..., m - 1.
 
     Attributes:
         q_positions: (rows, n), below m but for padding.
         num_keys: m.
         needs_terms: whether attention needs `LogitTerms`; else it is causal, and the last query sees the last key.
+        pattern: which keys they see, by position.
         q_documents, k_documents: (b, n) and (b, m), or None: keys of another document are hidden.
         table: the terms by distance, if all layers share them.
         terms: those of all queries and keys, if all layers share them and they are few.
@@ -81,6 +113,7 @@ class Visibility:
     q_positions: Tensor
     num_keys: int
     needs_terms: bool
+    pattern: AttentionPattern
     q_documents: Tensor | None = None
     k_documents: Tensor | None = None
     table: DistanceTable | None = None
@@ -97,7 +130,7 @@ class Visibility:
         return visibility
 
     def make_table(self, distance_bias: DistanceBias | None) -> DistanceTable:
-        return DistanceTable.make(distance_bias, self.num_keys, self.q_positions.device)
+        return DistanceTable.make(distance_bias, self)
 
     def logit_terms(
         self, distance_bias: DistanceBias | None, chunk: tuple[int, int, int], dtype: torch.dtype
