@@ -171,13 +171,18 @@ def test_each_record_of_a_file_is_a_document(name, tmp_path):
     assert [text for _, text in documents(path, field="id")][:3] == ["some/0", "some/1", "some/2"]
 
 
+def write_odd_parquet(path: Path) -> Path:
+    """One record whose text is b, and columns that `datasets` cannot type."""
+    pairs, uuids = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), pa.array([bytes(16)], pa.uuid())
+    pq.write_table(pa.table({"a": pairs, "text": ["b"], "u": uuids}), path)
+    return path
+
+
 def test_fields_that_do_not_count_may_be_anything(tmp_path):
     others = [{}, {"x": 1}, {"x": [{"y": None}, "z"]}, {"x": {"": 1.5}, "z": "a" * 2**20}]
     path = write_records(tmp_path / "a.jsonl", [{"text": f"{i}"} | others[i % 4] for i in range(60)])
     assert [text for _, text in documents(path)] == [f"{i}" for i in range(60)]
-    pairs, uuids = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), pa.array([bytes(16)], pa.uuid())
-    pq.write_table(pa.table({"a": pairs, "text": ["b"], "u": uuids}), tmp_path / "b.parquet")
-    assert documents(tmp_path / "b.parquet") == [("b.parquet/1", "b")]
+    assert documents(write_odd_parquet(tmp_path / "b.parquet")) == [("b.parquet/1", "b")]
 
 
 NUMBERS = [pa.int8(), pa.uint64(), pa.float64(), pa.decimal128(5, 2)]
@@ -225,6 +230,10 @@ def test_each_row_of_a_data_set_is_a_document(tmp_path):
     for name in ("saved", "splits", "folder"):
         found = documents(dataset={"path": str(tmp_path / name)})
         assert found == [(str(i), text) for i, text in enumerate(TEXTS, 1)]
+    (tmp_path / "map").mkdir()
+    write_odd_parquet(tmp_path / "map" / "a.parquet")
+    with pytest.raises(UserError, match=r"data.dataset: .*map cannot be read: Arrow type map"):
+        documents(dataset={"path": str(tmp_path / "map")})
 
 
 def test_a_data_set_of_a_hub_is_streamed_unless_said_otherwise(monkeypatch):

@@ -66,8 +66,9 @@ class Source:
         else:
             once: dict[str, tuple[Path, str]] = {}
             try:
-                for given in sorted(self.paths, key=lambda path: (os.path.realpath(path), path)):
-                    for real, path, name in files_at(Path(given)):  # a file's outermost folder names it
+                paths = sorted((os.path.realpath(given), given.is_symlink(), given) for given in map(Path, self.paths))
+                for *_, given in paths:
+                    for real, path, name in files_at(given):  # a file's outermost folder names it
                         once.setdefault(real, (path, uncompressed(name.as_posix())))
             except OSError as error:
                 raise UserError(f"data.paths: {error.filename} cannot be read: {error.strerror}") from error
@@ -106,9 +107,7 @@ class Source:
 
     def _rows(self) -> Iterator[Row | NoText]:
         if self.dataset is not None:
-            path = self.dataset["path"]
-            found = enumerate(load(self.dataset), 1)
-            yield from self._documents(path, ((f"{path}, record {number}", record) for number, record in found))
+            yield from self._documents(self.dataset["path"], dataset_records(self.dataset))
             return
         given = {os.path.realpath(path) for path in self.paths or ()}
         for path, name in self.files.items():
@@ -117,7 +116,7 @@ class Source:
                 yield from text_rows(path, printable(name), must_be_text=os.path.realpath(path) in given)
             elif path.stat().st_size:
                 fields = [field for field in (self.field, self.id_field) if field is not None]
-                yield from self._documents(path, records(path, kind, fields), f"{name}/")
+                yield from self._documents(path, file_records(path, kind, fields), f"{name}/")
 
     def _documents(self, path: Any, records: Records, prefix: str = "") -> Iterator[Row | NoText]:
         where = path
@@ -147,18 +146,20 @@ class Source:
             raise UserError(f"{self.option}: {where} cannot be read: {error}") from error
 
 
-def load(options: dict[str, Any]) -> Any:
+def dataset_records(options: dict[str, Any]) -> Records:
     """The records of a data set, streamed unless its options say otherwise; of a folder that datasets saved, too."""
     options = {"split": "train", "streaming": True} | options
     folder = Path(options["path"])
     if (folder / "state.json").is_file():
-        return datasets.load_from_disk(str(folder))
-    if (folder / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(str(folder))[options["split"]]
-    return datasets.load_dataset(**options)
+        found: Any = datasets.load_from_disk(str(folder))
+    elif (folder / "dataset_dict.json").is_file():
+        found = datasets.load_from_disk(str(folder))[options["split"]]
+    else:
+        found = datasets.load_dataset(**options)
+    yield from ((f"{folder}, record {number}", record) for number, record in enumerate(found, 1))
 
 
-def records(path: Path, kind: str, fields: list[str]) -> Records:
+def file_records(path: Path, kind: str, fields: list[str]) -> Records:
     """Lines of JSON that are not blank, or rows of Parquet, of which `fields` alone are read; and where each stands."""
     if kind != ".parquet":
         with open_file(path) as file:
