@@ -107,13 +107,20 @@ WRONG_TEXTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a record without the field": (
         lambda folder: (folder / "a.jsonl").write_text(json.dumps({"body": "text"}) + "\n"),
-        "a.jsonl has no 'text', but 'body'",
+        "a.jsonl, line 1 has no 'text', but 'body'",
     ),
     "a record of numbers": (
         lambda folder: (folder / "a.jsonl").write_text(json.dumps({"text": 3}) + "\n"),
         "data.field: 'text' must be text, ",
     ),
-    "damaged JSON": (lambda folder: (folder / "a.jsonl").write_text('{"text": "a"}\nno\n'), "a.jsonl cannot be read"),
+    "damaged JSON": (
+        lambda folder: (folder / "a.jsonl").write_text('{"text": "a"}\n\nno\n{"text": "b"}\n'),
+        "a.jsonl, line 3 cannot be read: Expecting value",
+    ),
+    "JSON that is no object": (
+        lambda folder: (folder / "a.jsonl").write_text('["text"]'),
+        "a.jsonl, line 1 cannot be read: it is no JSON object",
+    ),
     "damaged Parquet": (lambda folder: (folder / "a.parquet").write_text("no"), "a.parquet cannot be read"),
     "damaged gzip": (lambda folder: (folder / "a.txt.gz").write_bytes(b"\x1f\x8b no"), "a.txt.gz cannot be read"),
 }

@@ -50,7 +50,7 @@ def documents(*paths: Path, **options: Any) -> list[tuple[str, str]]:
 def write(path: Path, content: bytes) -> Path:
     """The content in a file, compressed as its name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         path.write_bytes(gzip.compress(content))
     elif path.suffix == ".zst":
         with pa.output_stream(str(path), compression="zstd") as stream:
@@ -67,20 +67,54 @@ def write_records(path: Path, records: list[Any]) -> Path:
     return write(path, b"".join(json.dumps(record).encode() + b"\n" for record in records))
 
 
-def test_a_folder_or_pattern_gives_its_files_but_hidden_ones_and_what_is_no_text(tmp_path):
+def test_a_folder_or_pattern_gives_its_files_but_hidden_ones_and_counts_what_is_no_text(tmp_path, capsys):
     for name in ("x.txt", "b/y.txt", "b/z.md", ".git/t.txt", ".hidden"):
         write(tmp_path / "a" / name, name.encode())
     late = b"a" * 2 * PIECE + b"\xef"
-    for name, content in {"latin": b"na\xefve", "empty": b"", "nul": b"a\0b", "late": late}.items():
+    no_text = {"latin": b"na\xefve", "empty": b"", "nul": b"a\0b", "late": late, "utf16": "a".encode("utf-16")}
+    for name, content in no_text.items():
         write(tmp_path / "a" / name, content)
+    (tmp_path / "a" / "broken").symlink_to("nowhere")
     assert [name for name, _ in documents(tmp_path / "a")] == ["b/y.txt", "b/z.md", "x.txt"]
+    expected = f"data.paths: files without UTF-8 text left out: 5, such as {tmp_path / 'a' / 'broken'}\n"
+    assert capsys.readouterr().err == expected
     assert [name for name, _ in documents(tmp_path / "a" / "**" / "*.txt")] == ["b/y.txt", "x.txt"]
     assert [name for name, _ in documents(tmp_path / "*" / "b" / "*.md")] == ["a/b/z.md"]
+    assert [name for name, _ in documents(tmp_path / "a" / "?" / "[z].md")] == ["b/z.md"]
+    assert [name for name, _ in documents(tmp_path / "*" / ".git" / "**")] == ["a/.git/t.txt"]
     assert [name for name, _ in documents(tmp_path / "a" / "b" / "z.md")] == ["z.md"]
-    with pytest.raises(UserError, match=r"there is no file in '.*\*\.rst'"):
-        documents(tmp_path / "*.rst")
-    with pytest.raises(UserError, match=r"latin is no text in UTF-8"):
-        documents(tmp_path / "a" / "latin")
+    assert capsys.readouterr().err == ""
+    for path, message in {
+        "*.rst": r"there is no file or folder '.*\*\.rst'",
+        "**.txt": r"\*\* must be a whole part of a path, as in \*\*/\*\.txt, got '\*\*\.txt'",
+        "a/latin": "latin is no text in UTF-8",
+        "a/broken": "broken is no text in UTF-8: it is no file",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            documents(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("named", "neighbour"),
+    [
+        ("part[1].jsonl", "part1.jsonl"),
+        ("what?.jsonl", "whats.jsonl"),
+        ("*.txt", "a.txt"),
+        ("*", "a"),
+        ("**", "a"),
+        ("[a]", "a"),
+    ],
+)
+def test_a_path_that_exists_is_no_pattern(named, neighbour, tmp_path):
+    for name in (named, neighbour):
+        write_records(tmp_path / "files" / name, [{"text": name}])
+        write(tmp_path / "folders" / name / "x.txt", name.encode())
+    (text,) = (text for _, text in documents(tmp_path / "files" / named))
+    assert named in text
+    assert sorted(text for _, text in documents(tmp_path / "files")) == sorted([text, text.replace(named, neighbour)])
+    assert documents(tmp_path / "folders" / named) == [("x.txt", named)]
+    assert documents(tmp_path / "folders" / named / "*.txt") == [("x.txt", named)]
+    assert (f"folders/{named}/x.txt", named) in documents(tmp_path / "*" / named / "x.txt")
 
 
 def test_a_file_that_is_reached_in_several_ways_is_one_document_whatever_their_order(tmp_path):
@@ -93,6 +127,26 @@ def test_a_file_that_is_reached_in_several_ways_is_one_document_whatever_their_o
     for seed in range(5):
         Random(seed).shuffle(paths)
         assert documents(*paths) == found
+
+
+def test_links_are_followed_once_even_in_loops_and_rename_nothing(tmp_path):
+    write(tmp_path / "elsewhere" / "deep" / "z.txt", b"z")
+    write(tmp_path / "blobs" / "abc", b'{"text": "r"}')
+    for name in ("b/x.txt", "y.txt"):
+        write(tmp_path / "a" / name, name.encode())
+    before = documents(tmp_path / "a")
+    links = {"0": "b", "loop": ".", "b/up": "..", "top": "..", "self": "self", "0.txt": "y.txt", "l": "../elsewhere"}
+    for link, target in (links | {"../elsewhere/deep/back": "../../a", "r.jsonl": "../blobs/abc"}).items():
+        (tmp_path / "a" / link).symlink_to(target)
+    expected = sorted([*before, ("l/deep/z.txt", "z"), ("r.jsonl/1", "r")])
+    assert documents(tmp_path / "a") == documents(tmp_path / "a" / "**") == expected
+    assert documents(tmp_path / "a" / "**" / "*.txt") == [row for row in expected if "jsonl" not in row[0]]
+    assert documents(tmp_path / "a" / "r.jsonl") == [("r.jsonl/1", "r")]
+    for i in range(12):  # each linked from all others
+        write(tmp_path / "many" / str(i) / "x", b"x")
+        for j in range(12):
+            (tmp_path / "many" / str(i) / f"to{j}").symlink_to(f"../{j}")
+    assert documents(tmp_path / "many") == sorted((f"{i}/x", "x") for i in range(12))
 
 
 @pytest.mark.parametrize(("suffix", "end"), [("", "\n"), ("", ""), (".gz", "\r\n"), (".zst", "\n")])
@@ -108,13 +162,64 @@ def test_a_long_file_comes_in_pieces_that_are_its_text(end, suffix, tmp_path):
     assert all(row["text"].endswith(end) for row in rows)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson.gz", "a.jsonl.zst", "a.parquet", "a.JSONL", "a.JSONL.GZ"])
 def test_each_record_of_a_file_is_a_document(name, tmp_path):
     path = write_records(tmp_path / name, [*RECORDS, {"text": "", "id": "some/empty", "number": 3}])
-    named = name.removesuffix(".gz").removesuffix(".zst")
+    named = name.removesuffix(".gz").removesuffix(".zst").removesuffix(".GZ")
     assert documents(path) == [(f"{named}/{i}", text) for i, text in enumerate(TEXTS, 1)]
     assert documents(path, id_field="id") == [(f"some/{i}", text) for i, text in enumerate(TEXTS)]
     assert [text for _, text in documents(path, field="id")][:3] == ["some/0", "some/1", "some/2"]
+
+
+def write_odd_parquet(path: Path) -> Path:
+    """One record whose text is b, and columns that `datasets` cannot type."""
+    pairs, uuids = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), pa.array([bytes(16)], pa.uuid())
+    pq.write_table(pa.table({"a": pairs, "text": ["b"], "u": uuids}), path)
+    return path
+
+
+def test_fields_that_do_not_count_may_be_anything(tmp_path):
+    others = [{}, {"x": 1}, {"x": [{"y": None}, "z"]}, {"x": {"": 1.5}, "z": "a" * 2**20}]
+    path = write_records(tmp_path / "a.jsonl", [{"text": f"{i}"} | others[i % 4] for i in range(60)])
+    assert [text for _, text in documents(path)] == [f"{i}" for i in range(60)]
+    assert documents(write_odd_parquet(tmp_path / "b.parquet")) == [("b.parquet/1", "b")]
+
+
+NUMBERS = [pa.int8(), pa.uint64(), pa.float64(), pa.decimal128(5, 2)]
+STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int8(), pa.string())]
+
+
+def test_ids_and_texts_are_the_same_in_columns_of_any_type(tmp_path):
+    for ids in ([7, 8], [7.0, 8.0], ["7", "8"]):
+        path = write_records(tmp_path / "a.jsonl", [{"text": "a", "id": i} for i in ids])
+        assert documents(path, id_field="id") == [("7", "a"), ("8", "a")]
+    for kind in [*NUMBERS, *STRINGS]:
+        ids = pa.array([7, 8], pa.int8()) if kind in NUMBERS else pa.array(["7", "8"])
+        texts = pa.array(["a", "π"]).cast(pa.string() if kind in NUMBERS else kind)
+        pq.write_table(pa.table({"text": texts, "id": ids.cast(kind)}), tmp_path / "a.parquet")
+        assert documents(tmp_path / "a.parquet", id_field="id") == [("7", "a"), ("8", "π")], kind
+    path = write_records(tmp_path / "dates.jsonl", [{"text": "a", "id": "2020-01-01"}])
+    assert documents(path, id_field="id") == [("2020-01-01", "a")]
+
+
+def test_what_is_empty_stands_in_nobodys_way_and_records_without_text_are_counted(tmp_path, capsys):
+    folder = tmp_path / "a"
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"):
+        write(folder / name, b"")
+    (folder / "b.txt.gz").write_bytes(b"")
+    write(folder / "blank.jsonl", b"\n \r\n")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "rows.parquet")
+    pq.write_table(pa.table({"other": pa.array([], pa.null())}), folder / "other.parquet")
+    write(folder / "bom.txt", "\ufeffa".encode())
+    assert documents(folder) == [("bom.txt", "a")]
+    assert capsys.readouterr().err == ""
+    records = (
+        '\ufeff{"text": "a"}\r\n\n{"text": null}\r\n{"id": 3}\n{"text": "a\\u0000"}\n{"text": ""}\n{"text": "f"}\n\n'
+    )
+    path = write(tmp_path / "b.jsonl", records.encode())
+    assert documents(path) == [("b.jsonl/1", "a"), ("b.jsonl/6", "f")]
+    expected = f"data.paths: records without UTF-8 text left out: 3, such as {path}, line 3\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_each_row_of_a_data_set_is_a_document(tmp_path):
@@ -125,6 +230,10 @@ def test_each_row_of_a_data_set_is_a_document(tmp_path):
     for name in ("saved", "splits", "folder"):
         found = documents(dataset={"path": str(tmp_path / name)})
         assert found == [(str(i), text) for i, text in enumerate(TEXTS, 1)]
+    (tmp_path / "map").mkdir()
+    write_odd_parquet(tmp_path / "map" / "a.parquet")
+    with pytest.raises(UserError, match=r"data.dataset: .*map cannot be read: Arrow type map"):
+        documents(dataset={"path": str(tmp_path / "map")})
 
 
 def test_a_data_set_of_a_hub_is_streamed_unless_said_otherwise(monkeypatch):
@@ -242,6 +351,37 @@ def test_holding_out_more_for_validation_never_uses_a_test_document(tmp_path):
     ]
     assert names[0]["test"] == names[1]["test"]
     assert names[0]["val"] < names[1]["val"]
+
+
+def test_a_split_is_known_by_a_hash_of_its_text_whatever_the_tokenizer(tmp_path):
+    folder, path = write_corpus(tmp_path / "a"), tmp_path / "tokenizer.json"
+    learned().save(str(path))
+
+    def hashes(**options: Any) -> list[str]:
+        return [text_data(folder, tmp_path / "cache", **options).documents(split).text_sha256 for split in SPLITS]
+
+    def differ(**options: Any) -> set[str]:
+        """The splits whose text is not what it was."""
+        return {name for name, was, now in zip(SPLITS, before, hashes(**options), strict=True) if was != now}
+
+    before = hashes()
+    assert len(set(before)) == 3
+    assert differ(tokenizer=str(path)) == set()
+    assert differ(val_fraction=0.3) == {"train", "val"}
+    for split in SPLITS:
+        changed = next(folder / name for name in (f"{i}.txt" for i in range(40)) if split_of(name) == split)
+        before, text = hashes(), changed.read_text()
+        changed.write_text("more\n" + text)
+        assert differ() == {split}
+    name = next(f"new{i}.txt" for i in range(40) if split_of(f"new{i}.txt") == "train")
+    before = hashes()
+    (folder / name).write_text("new")
+    assert differ() == {"train"}
+    folder = write_corpus(tmp_path / "one", files=1)  # whose end is held out
+    before = hashes()
+    assert differ(val_fraction=0.3) == {"train", "val"}
+    (folder / "0.txt").write_text("more\n" + (folder / "0.txt").read_text())
+    assert differ() == set(SPLITS)
 
 
 def test_the_default_corpus_is_the_standard_library_without_packages_and_tests():

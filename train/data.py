@@ -104,9 +104,10 @@ class Corpus:
     def __init__(self, rows: datasets.Dataset, val_fraction: float, test_fraction: float):
         self.made_of = rows, val_fraction, test_fraction
         columns = {name: rows.data.column(name) for name in rows.column_names}
-        last = np.flatnonzero(columns["last"].to_numpy())
+        is_last, digests = columns["last"].to_numpy(), columns["digest"].to_numpy()
+        last, document_of_row = np.flatnonzero(is_last), np.cumsum(is_last) - is_last
         self.names = columns["name"]
-        self.digest = hashlib.sha256(columns["digest"].to_numpy().tobytes()).hexdigest()
+        self.digest = hashlib.sha256(digests.tobytes()).hexdigest()
         self.tokens = pa.chunked_array([chunk.flatten() for chunk in columns["tokens"].chunks])
         ends = np.cumsum(np.concatenate([chunk.value_lengths() for chunk in columns["tokens"].chunks]))[last]
         lengths = np.diff(ends, prepend=0)
@@ -121,10 +122,10 @@ class Corpus:
         for name, documents in chosen.items():
             low, high = (0.0, 1.0) if whole else bounds[name]  # of a document, from its end
             starts, stops = (ends - np.round(share * lengths).astype(np.int64) for share in (high, low))
-            tokens_per_byte = lengths[documents].sum() / sizes[documents].sum()
-            self.splits[name] = Split(
-                self, last[documents], starts[documents], stops[documents], ends[documents], float(tokens_per_byte)
-            )
+            tokens_per_byte = float(lengths[documents].sum() / sizes[documents].sum())
+            text = digests[np.isin(document_of_row, documents)].tobytes() + repr((low, high)).encode()
+            spans = np.stack((last, starts, stops, ends))[:, documents]
+            self.splits[name] = Split(self, spans, tokens_per_byte, hashlib.sha256(text).hexdigest())
 
     def __reduce__(self) -> Any:  # another process maps the files for itself
         return Corpus, self.made_of
@@ -135,13 +136,15 @@ class Corpus:
 
 
 class Split(Sequence[Document]):
-    """The documents of a split, each `start` to `stop` in the corpus, and all their tokens in one row."""
+    """The documents of a split, each `start` to `stop` in the corpus, and all their tokens in one row.
 
-    def __init__(
-        self, corpus: Corpus, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, ends: np.ndarray, ratio: float
-    ):
-        self.corpus, self.rows, self.starts, self.stops = corpus, rows, starts, stops
-        self.tokens_per_byte = ratio
+    `text_sha256` is a hash of the documents' names and texts, and of the part of each that the split has.
+    """
+
+    def __init__(self, corpus: Corpus, spans: np.ndarray, tokens_per_byte: float, text_sha256: str):
+        self.corpus, self.tokens_per_byte, self.text_sha256 = corpus, tokens_per_byte, text_sha256
+        self.rows, starts, stops, ends = spans  # of each document: its last row, and places in the corpus
+        self.starts, self.stops = starts, stops
         self.whole = (starts < stops) & (stops == ends)  # with the separator at its end
         self.row_ends = np.cumsum(stops - starts)
         self.size = int(self.row_ends[-1])  # tokens, separators included
@@ -225,8 +228,8 @@ class TextData(L.LightningDataModule):
     Args:
         context_length: training length L in tokens; a window has one more, the last target.
         paths: text files, folders of them, or patterns such as `texts/**/*.txt`; by default the source of Python's
-            standard library. JSON lines (.jsonl, .ndjson) and Parquet (.parquet) have a document a record. All but
-            Parquet may be compressed (.gz, .bz2, .zst).
+            standard library. What exists is no pattern. JSON lines (.jsonl, .ndjson) and Parquet (.parquet) have a
+            document a record. All but Parquet may be compressed (.gz, .bz2, .zst).
         dataset: in place of paths, a Hugging Face data set, from a hub or a folder: its name, or the arguments of
             `datasets.load_dataset`, such as `{path: wikitext, name: wikitext-103-raw-v1}`; its split is train and
             streamed unless they say otherwise.
