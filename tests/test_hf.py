@@ -86,6 +86,16 @@ def load_shards(model: Any, folder: Path) -> None:
     transformers.trainer_utils.load_sharded_checkpoint(model, folder / "pieces", strict=False)
 
 
+def load_and_dispatch(model: Any, folder: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    load(folder).save_pretrained(folder / "own", save_original_format=False)
+    with accelerate.init_empty_weights():
+        empty = XposForCausalLM(model.config).eval()
+    empty.tie_weights()
+    empty = accelerate.load_checkpoint_and_dispatch(empty, folder / "own", device_map={"": "cpu"})
+    model.load_state_dict(empty.state_dict())
+
+
 LOADERS: dict[str, Callable[[Any, Path], Any]] = {
     "strict": lambda m, f: m.load_state_dict(weights(f)),
     "not strict": lambda m, f: m.load_state_dict(weights(f), strict=False),
@@ -94,6 +104,7 @@ LOADERS: dict[str, Callable[[Any, Path], Any]] = {
     "safetensors": lambda m, f: safetensors_torch.load_model(m, f / "model.safetensors"),
     "accelerate's file": lambda m, f: pytest.importorskip("accelerate").load_checkpoint_in_model(m, f),
     "accelerate's state": load_by_accelerate,
+    "dispatched": load_and_dispatch,
     "shards": load_shards,
     "in another module": load_in_another_module,
 }

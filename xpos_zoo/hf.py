@@ -218,10 +218,10 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: XposConfig):
         super().__init__(config)
-        self.model = Transformer.from_config(
-            TransformerConfig(**{key: value for key, value in vars(config).items() if key in NAMES})
-        )
-        vars(config).update(vars(self.model.config))
+        settings = TransformerConfig(**{key: value for key, value in vars(config).items() if key in NAMES})
+        self.model = Transformer.from_config(settings)
+        # Weights on accelerate's `init_empty_weights` are tied later.
+        vars(config).update(vars(self.model.config), tie_embeddings=settings.tie_embeddings)
         if self.device.type != "meta":
             for parameter in self.parameters():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -248,7 +248,7 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *others)  # type: ignore[misc]
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Any, model_kwargs: Any) -> None:
-        """None: `forward` needs none, and transformers counts them on from the last column, be it padding."""
+        """None: `forward` needs none."""
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -259,7 +259,7 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers', with each row's padding moved to the left: `generate` takes the last logits of a row."""
+        """As transformers', with `padding_first`, for `generate` takes the logits that are last in a row."""
         if cache is not None and next_sequence_length is not None and next_sequence_length < 1:
             known = f"the {cache.get_seq_length()} columns in the cache"
             raise ValueError(f"input_ids must be all tokens, {known} and new ones, got {input_ids.shape[1]}")
@@ -271,21 +271,9 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        name = "input_ids" if inputs.get("inputs_embeds") is None else "inputs_embeds"
-        mask, n = inputs.get("attention_mask"), inputs[name].shape[1]
-        if mask is None or mask.shape[1] < n:
-            return inputs
+        inputs["padding_first"] = True
         if not kwargs.get("is_first_iteration"):
-            inputs.pop("position_ids", None)
-        before, new = mask[:, : mask.shape[1] - n], mask[:, mask.shape[1] - n :]
-        if kwargs.get("is_first_iteration") and (before.any(dim=1) & ~new.any(dim=1)).any():
-            raise ValueError("attention_mask must have a 1 in each row of a prompt, and of its last prefill_chunk_size")
-        if n > 1:
-            order = (new != 0).int().argsort(dim=1, stable=True)
-            inputs["attention_mask"] = torch.cat((before, new.gather(1, order)), dim=1)
-            inputs[name] = inputs[name][torch.arange(len(order), device=order.device)[:, None], order]
-            if (position_ids := inputs.get("position_ids")) is not None:
-                inputs["position_ids"] = position_ids.expand_as(order).gather(1, order)
+            inputs.pop("position_ids", None)  # transformers counted on from the last column, be it padding
         return inputs
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -323,6 +311,7 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: XposCache | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
+        padding_first: bool = False,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (b, n, vocab_size), or only of the last `logits_to_keep` tokens, or of those at these places.
@@ -335,6 +324,7 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: what transformers called the cache before.
             position_ids: (b, n). Where they restart in a row, a document begins; only relative positions matter.
             document_ids: (b, n), of packed documents, which do not attend to each other; without a cache.
+            padding_first: whether to give logits in an order in which each row's padding comes first.
             others: of the loss, num_items_in_batch, shift_labels and ignore_index; or, without effect,
                 cache_position, token_type_ids of 0 and output_attentions=False, which transformers passes.
 
@@ -360,9 +350,13 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
             cache = XposCache(model)
         if cache is not None and not isinstance(cache, XposCache):
             raise ValueError(f"cache must be that of an earlier output, got {type(cache).__name__}")
+        if cache is not None and cache.columns and cache.kv.length.device != x.device:
+            raise ValueError(f"cache must be on the device of the tokens, {x.device}, got {cache.kv.length.device}")
         past = 0 if cache is None else cache.columns
         check_others(others, past, n)
         padding = None if attention_mask is None else find_padding(attention_mask, b, n, cache)
+        if padding_first and padding is not None and past and (padding.all(dim=1) & (cache.kv.length > 0)).any():  # type: ignore[union-attr]
+            raise ValueError("attention_mask must have a 1 in each row of a prompt, and of its last prefill_chunk_size")
         if position_ids is not None and n > 1:
             restarts = packed_documents(position_ids, b, n, padding)
             if restarts is not None and (cache is not None or document_ids is not None):
@@ -375,7 +369,10 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             kv = None if cache is None else cache.kv
             states = model.hidden_states(x, kv, document_ids=document_ids, key_padding_mask=padding)
-            logits = model.head(states[-1][:, keep])
+            last = states[-1]
+            if padding_first and padding is not None:
+                last = last.gather(1, (~padding).int().argsort(dim=1, stable=True)[..., None].expand_as(last))
+            logits = model.head(last[:, keep])
         if cache is not None:
             cache.extend(n, attention_mask)
         loss = None
