@@ -227,7 +227,7 @@ def test_a_chat_of_three_turns_feeds_what_is_new_and_gives_the_tokens_of_one_wit
     fed: list[int] = []
     theirs.model.embedding.register_forward_hook(lambda _, inputs, __: fed.append(inputs[0].shape[1]))
     said, mask = (tokens(2, 0, below=256) for _ in range(2))
-    cache = XposCache(theirs.model)
+    cache = XposCache(theirs)
     for turn, side in enumerate(("right", "left", "middle")):
         lengths = (5 + turn, 9) if ragged else (9, 9)
         new, new_mask = padded([tokens(n, below=250) + turn for n in lengths], side)
@@ -280,8 +280,8 @@ def test_a_cache_answers_truly_or_refuses_what_transformers_asks(both):
     known = {question.partition("(")[0] for question in expected} | changing
     assert {name for name in dir(transformers.Cache) if name[0] != "_"} <= known
     assert cache
-    assert XposCache(theirs.model).batch_size == -1
-    assert not XposCache(theirs.model).is_initialized
+    assert XposCache(theirs).batch_size == -1
+    assert not XposCache(theirs).is_initialized
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], list[int]]] = {  # of a cache of 2 rows, and the rows that it then has

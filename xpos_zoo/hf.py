@@ -92,8 +92,10 @@ class XposCache(Cache):
     While it is empty it fits any batch; the model's next forward makes `kv` anew.
     """
 
-    def __init__(self, model: Transformer):
+    def __init__(self, model: Any):
         super().__init__(layers=[])
+        while not isinstance(model, Transformer):
+            model = model.model  # of an XposForCausalLM, perhaps with adapters
         self.start(model, 0, torch.device("cpu"))
 
     def start(self, model: Transformer, batch_size: int, device: torch.device) -> None:
@@ -120,12 +122,9 @@ class XposCache(Cache):
             raise ValueError(f"tokens_to_remove must be 0 or below, got {tokens_to_remove}")
         columns = max(0, self.columns + tokens_to_remove)
         if columns < self.columns:
-            removed: Any = self.columns - columns
-            if self.attention_mask is not None:
-                removed = self.attention_mask[:, columns:].sum(dim=1)
-                self.attention_mask = self.attention_mask[:, :columns]
-            self.kv.crop(self.kv.length - removed)
-            self.columns = columns
+            mask = self.attention_mask
+            self.kv.crop(self.kv.length - (self.columns - columns if mask is None else mask[:, columns:].sum(dim=1)))
+            self.columns, self.attention_mask = columns, None if mask is None else mask[:, :columns]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.columns:
@@ -165,18 +164,27 @@ def check_others(others: dict[str, Any], past: int, n: int) -> None:
             raise ValueError(f"{name} must be 0 or None: the model has no attention weights to give, nor token types")
 
 
-def find_padding(attention_mask: Tensor, b: int, n: int, cache: XposCache | None) -> Tensor | None:
-    """Which of the new tokens are padding, (b, n); None if all count."""
+def find_padding(attention_mask: Tensor, b: int, n: int, cache: XposCache | None, each_row: bool) -> Tensor | None:
+    """Which of the new tokens are padding, (b, n); None if all count.
+
+    ValueError if the mask has another shape, other values, not the tokens that are in the cache, or, with `each_row`,
+    no new token of a row in it.
+    """
     past = 0 if cache is None else cache.columns
     if attention_mask.shape != (b, past + n):
         raise ValueError(f"attention_mask must be {(b, past + n)}, got {tuple(attention_mask.shape)}")
     counts = attention_mask != 0
     if not (attention_mask == counts).all():
         raise ValueError("attention_mask must be 1 for tokens and 0 for padding, got other values")
-    if cache is not None and past and (counts[:, :past].sum(dim=1) != cache.kv.length).any():
-        needed, found = cache.kv.length.tolist(), counts[:, :past].sum(dim=1).tolist()
-        raise ValueError(f"attention_mask must have a 1 for each token in the cache, {needed} in all, got {found}")
     padding = ~counts[:, past:]
+    if cache is not None and past:
+        needed, found = cache.kv.length, counts[:, :past].sum(dim=1)
+        if (needed != found).any():
+            allowed = f"a 1 for each token in the cache, {needed.tolist()} in all"
+            raise ValueError(f"attention_mask must have {allowed}, got {found.tolist()}")
+        if each_row and (padding.all(dim=1) & (needed > 0)).any():
+            allowed = "a 1 in each row of a prompt, and of its last prefill_chunk_size"
+            raise ValueError(f"attention_mask must have {allowed}, got a row with padding alone")
     return padding if padding.any() else None
 
 
@@ -220,7 +228,7 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         settings = TransformerConfig(**{key: value for key, value in vars(config).items() if key in NAMES})
         self.model = Transformer.from_config(settings)
-        # Weights on accelerate's `init_empty_weights` are tied later.
+        # Under accelerate's `init_empty_weights`, weights are tied later.
         vars(config).update(vars(self.model.config), tie_embeddings=settings.tie_embeddings)
         if self.device.type != "meta":
             for parameter in self.parameters():
@@ -314,17 +322,18 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
         padding_first: bool = False,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (b, n, vocab_size), or only of the last `logits_to_keep` tokens, or of those at these places.
+        """Logits (b, n, vocab_size), or only of the last `logits_to_keep` columns, or of those at these places.
 
         Args:
             input_ids: (b, n), or else inputs_embeds, (b, n, embed_dim).
             attention_mask: 1, or 0 for padding, anywhere in a row, (b, columns in the cache + n).
-            cache: what came before, of an earlier output. It has no gradient, and is made only if use_cache is true.
+            cache: what came before, of an earlier output, or an empty `XposCache(model)`. It has no gradient, and is
+                made only if use_cache is true.
             labels: (b, n), -100 for none; the loss is that of each token by those before it.
             past_key_values: what transformers called the cache before.
             position_ids: (b, n). Where they restart in a row, a document begins; only relative positions matter.
             document_ids: (b, n), of packed documents, which do not attend to each other; without a cache.
-            padding_first: whether to give logits in an order in which each row's padding comes first.
+            padding_first: whether logits are in an order in which each row's padding comes first, as `generate` needs.
             others: of the loss, num_items_in_batch, shift_labels and ignore_index; or, without effect,
                 cache_position, token_type_ids of 0 and output_attentions=False, which transformers passes.
 
@@ -354,9 +363,7 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache must be on the device of the tokens, {x.device}, got {cache.kv.length.device}")
         past = 0 if cache is None else cache.columns
         check_others(others, past, n)
-        padding = None if attention_mask is None else find_padding(attention_mask, b, n, cache)
-        if padding_first and padding is not None and past and (padding.all(dim=1) & (cache.kv.length > 0)).any():  # type: ignore[union-attr]
-            raise ValueError("attention_mask must have a 1 in each row of a prompt, and of its last prefill_chunk_size")
+        padding = None if attention_mask is None else find_padding(attention_mask, b, n, cache, padding_first)
         if position_ids is not None and n > 1:
             restarts = packed_documents(position_ids, b, n, padding)
             if restarts is not None and (cache is not None or document_ids is not None):
