@@ -23,6 +23,7 @@ from transformers import (
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -133,6 +134,7 @@ class XposCache(Cache):
             self.attention_mask = None if self.attention_mask is None else self.attention_mask[rows]
 
     reorder_cache = batch_select_indices  # type: ignore[assignment]
+    prefetch = offload = XposLayer.refuse  # type: ignore[assignment]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(len(self.kv.length)).repeat_interleave(repeats))
@@ -250,6 +252,8 @@ class XposForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation must be None or 'dynamic', which make an XposCache, got {kind!r}")
         if not generation_config.use_cache and given is not None:
             raise ValueError("use_cache must be True with a cache")
+        if others[0] == GenerationMode.ASSISTED_GENERATION and given is not None and given.get_seq_length():
+            raise ValueError("cache must be empty with prompt lookup or an assistant, which start with all tokens")
         if generation_config.use_cache and given is None:
             model_kwargs["cache"] = XposCache(self.model)
         else:
