@@ -114,6 +114,8 @@ class LayerCache(nn.Module):
         if weight is None:
             weight = torch.empty(0, device=attention.positions.fixed_point_rates.device)
         device = torch.device(weight.device if device is None else device)
+        if device.type == "meta":
+            raise ValueError("device must be given, and not be meta, for a cache of weights on meta (offloaded)")
         if dtype is None:
             dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         if not dtype.is_floating_point:

@@ -122,8 +122,9 @@ def stream(
 
     @torch.no_grad()
     def steps() -> Iterator[Tensor]:  # apart, so that errors are raised before the first step
-        cache = model.make_cache(len(tokens), n + max_new_tokens)
-        hidden = model.hidden_states(model.embedding(tokens), cache, lengths=lengths)[-1]
+        x = model.embedding(tokens)
+        cache = model.make_cache(len(tokens), n + max_new_tokens, device=x.device)  # weights may be offloaded
+        hidden = model.hidden_states(x, cache, lengths=lengths)[-1]
         cache.advance()
         rows = torch.arange(len(tokens), device=tokens.device)
         logits = model.head(hidden[rows, -1 if lengths is None else lengths - 1])

@@ -133,7 +133,8 @@ def read_folder(folder: Path, make: Callable[[TransformerConfig], Any], device: 
     weights: dict[str, Tensor] = {}
     for file in files:
         with errors_naming(file):
-            weights |= torch_files.load_file(file, device=str(device))
+            loaded = torch_files.load_file(file, device=str(device))
+            weights |= {name.removeprefix("model."): tensor for name, tensor in loaded.items()}  # transformers' prefix
     with errors_naming(source):
         if config.tie_embeddings:
             weights["head.weight"] = weights["embedding.weight"]
