@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,19 @@ import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import set_parsing_settings
 from jsonargparse.typing import PositiveInt, restricted_number_type
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from train.callbacks import ProgressBar, SampleText, Throughput
+from train.callbacks import (
+    NO_EPOCHS,
+    LastCheckpoint,
+    OneLineProgressBar,
+    SampleText,
+    Throughput,
+    check_callbacks,
+    check_chosen,
+)
 from train.checkpoint import (
     ADDED,
     FREE,
@@ -34,6 +43,17 @@ DEFAULTS = Path(__file__).parents[1] / "configs" / "cpu.yaml"
 BOUND = {"max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision"}
 # The model's options in which a checkpoint may differ from the model that it is loaded into.
 TRAINING = FREE | {"learning_rate", "warmup_steps", "weight_decay", "schedule", "dropout", "_instantiator"}
+# Options of the trainer that change which batches are drawn, and all that they may be.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "limit_train_batches": (None, 1.0),
+    "overfit_batches": (0, 0.0),
+    "max_epochs": (None, -1),
+    "min_epochs": (None, 0),
+    "check_val_every_n_epoch": (None, 1),
+    "reload_dataloaders_every_n_epochs": (0,),
+    "use_distributed_sampler": (False,),
+}
+LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
 LENGTHS = {"context_length", "block_size"}
 ANOTHER_NAME = "give this one a --name of its own, or remove that folder"
 
@@ -82,35 +102,33 @@ class RunCLI(LightningCLI):
             self.options.name = Path(str(self.options.config[-1])).stem if self.options.config else "unnamed"
         options = self.options.trainer
         if options.max_steps <= 0:
+            raise UserError(f"trainer.max_steps must be above 0, got {options.max_steps}: {NO_EPOCHS}")
+        for name, allowed in FIXED.items():
+            if str(options[name]) not in map(str, allowed):  # 1 batch is not 1.0 of all
+                right = "null" if allowed[0] is None else allowed[0]
+                raise UserError(f"trainer.{name} must be {right}, got {options[name]}: {NO_EPOCHS}")
+        for name, least in LEAST.items():
+            if options[name] is not None and not options[name] >= least:
+                raise UserError(f"trainer.{name} must be {least} or above, got {options[name]}")
+        interval, batches = options.val_check_interval, options.max_steps * options.accumulate_grad_batches
+        if isinstance(interval, int | float) and interval <= 0:
+            raise UserError(f"trainer.val_check_interval must be above 0, got {interval}")
+        if isinstance(interval, int) and options.check_val_every_n_epoch is not None and interval > batches:
             raise UserError(
-                f"trainer.max_steps must be above 0, got {options.max_steps}: training draws random windows, so it "
-                "has no epochs"
+                f"trainer.val_check_interval must be at most the training's {batches} batches, got {interval}; "
+                "or set trainer.check_val_every_n_epoch to null"
             )
+        check_chosen(options)
         strategy = {} if isinstance(options.strategy, str) else options.strategy.get("init_args", {})
         for name, right in (("tensor_parallel_size", 1), ("save_distributed_checkpoint", False)):
             if (given := strategy.get(name, right)) != right:  # no layer is split, and a checkpoint is one file
                 raise UserError(f"trainer.strategy.{name} must be {right}, got {given}")
-        callbacks: list[Any] = [] if options.enable_progress_bar is False else [ProgressBar()]
-        if options.enable_checkpointing is not False and not options.fast_dev_run:
-            last = ModelCheckpoint(
-                last_checkpoint_of(self.run_folder).parent,
-                save_last=True,
-                save_top_k=0,
-                every_n_train_steps=self.options.save_every,
-                enable_version_counter=False,
-            )
-            callbacks.append(last)
-        self.trainer_defaults["callbacks"] = callbacks
 
     def instantiate_classes(self) -> None:
-        with errors_in_one_line(ValueError, TypeError):  # what Lightning and jsonargparse raise for an option
-            super().instantiate_classes()
-            devices, sharing = (
-                self.trainer.num_devices * self.trainer.num_nodes,
-                self.model.options.context_parallel_size,
-            )
-            if sharing < 1 or devices % sharing:
-                raise UserError(f"model.context_parallel_size must divide the devices, {devices}, got {sharing}")
+        super().instantiate_classes()
+        devices, sharing = self.trainer.num_devices * self.trainer.num_nodes, self.model.options.context_parallel_size
+        if sharing < 1 or devices % sharing:
+            raise UserError(f"model.context_parallel_size must divide the devices, {devices}, got {sharing}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         folder, options = self.run_folder, self.options.trainer
@@ -119,16 +137,25 @@ class RunCLI(LightningCLI):
             kwargs["logger"] = self.subcommand == "fit" and loggers
         if options.plugins is None:
             kwargs["plugins"] = [CheckpointFiles()]
+        given, own = self.config_init[str(self.subcommand)].trainer.callbacks or [], []
+        bars = [each for each in (given if isinstance(given, list) else [given]) if isinstance(each, ProgressBar)]
+        if options.enable_progress_bar is not False and not bars:
+            own.append(OneLineProgressBar())
+        if options.enable_checkpointing is not False and not options.fast_dev_run:
+            own.append(LastCheckpoint(last_checkpoint_of(folder), self.options.save_every))
+        self.trainer_defaults["callbacks"] = own
         return super().instantiate_trainer(default_root_dir=str(folder), **kwargs)
 
     def fit(self, **kwargs: Any) -> None:
         folder, steps = self.run_folder, self.trainer.max_steps
+        check_callbacks(self.trainer, self.datamodule)
         last = last_checkpoint_of(folder)
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[str(self.subcommand)]
         if last.exists():
             check_same_run(folder, config)
         begin = last if last.exists() else self.options.checkpoint and find_checkpoint(self.options.checkpoint)
         checkpoint = self._checkpoint(begin) if begin else None
+        how = "begins"
         if checkpoint is not None:
             if "optimizer_states" not in checkpoint:
                 raise UserError(f"{begin} holds weights alone; training goes on only with the optimizer's state")
@@ -137,9 +164,11 @@ class RunCLI(LightningCLI):
             if done >= steps or (early and self.trainer.early_stopping_callbacks):
                 print(f"{begin} is finished, with {done} of {steps} steps; nothing to train in {folder}")
                 return
+            how = f"ended early, after step {done}; resumes" if begin == last else f"begins at step {done}"
         self.datamodule.setup("fit")  # complains about the text before the trainer writes its first file
         if checkpoint is not None:
             self._check_text(checkpoint, begin)
+        self.model.check_batches(self.datamodule.val_dataloader().dataset)
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
         try:
@@ -147,22 +176,26 @@ class RunCLI(LightningCLI):
                 lock.acquire()
                 with replacing(folder / "config.yaml") as draft:
                     draft.write_text(yaml.safe_dump(config, sort_keys=False))
-            self._train(begin, **kwargs)
+            self._train(begin, how, **kwargs)
         except Timeout:
             raise UserError(f"{folder} is being trained by another process; wait for it, or end it") from None
         finally:
             lock.release()
 
-    def _train(self, begin: Path | None, **kwargs: Any) -> None:
-        trainer = self.trainer
-        trainer.print(f"{self.run_folder}: to step {trainer.max_steps} on {trainer.strategy.root_device}")
+    def _train(self, begin: Path | None, how: str, **kwargs: Any) -> None:
+        trainer: Any = self.trainer
+        folder, steps = self.run_folder, trainer.max_steps
+        trainer.print(f"{folder}: {how}, to step {steps} on {trainer.strategy.root_device}")
         try:
             trainer.fit(weights_only=True, ckpt_path=begin, **kwargs)
         except SystemExit:  # how Lightning ends after an interruption
             raise KeyboardInterrupt from None
-        done = trainer.global_step >= trainer.max_steps or trainer.should_stop
-        if done and trainer.checkpoint_callback and not self.options.trainer.fast_dev_run:
-            trainer.save_checkpoint(last_checkpoint_of(self.run_folder), weights_only=False)
+        stopped = any(each.stopping_reason_message for each in trainer.early_stopping_callbacks)
+        if early := trainer.should_stop and not stopped and trainer.global_step < steps:
+            trainer.print(f"{folder}: ended early, after step {trainer.global_step}; the same command resumes it")
+        saved = any(isinstance(each, LastCheckpoint) and each.ended_early for each in trainer.callbacks)
+        if trainer.checkpoint_callback and not self.options.trainer.fast_dev_run and not (early and saved):
+            trainer.save_checkpoint(last_checkpoint_of(folder), weights_only=False)
 
     def validate(self, **kwargs: Any) -> None:
         self.trainer.validate(weights_only=True, ckpt_path=self._trained(), **kwargs)
@@ -227,8 +260,11 @@ def main(args: list[str] | None = None, data: type[Any] = TextData, prog: str = 
         warnings.filterwarnings("ignore", f".*{noise}")
     # Where jsonargparse saves a list as a function, which it is not: as an error, it goes on to what it is.
     warnings.filterwarnings("error", "(?s).*Unable to serialize instance")
+    # The defaults of some callbacks are members of an Enum.
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
     for part in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(part).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.callbacks").setLevel(logging.INFO)  # what ModelSummary, for one, shows
     set_parsing_settings(import_path_denylist=[])  # jsonargparse's own list, such as os and subprocess, in force
     defaults = {"default_config_files": [str(DEFAULTS)], "exit_on_error": False}
     with errors_in_one_line():

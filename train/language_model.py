@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, default_collate
 
 from train.errors import UserError
 from train.tokens import BYTES
@@ -22,6 +23,8 @@ from xpos_zoo.pretrained import Named, from_named
 
 POSITIONS = (XPOS, RotaryEmbedding)  # imported, so that YAML can name them without their module
 UNSET_SCALE_BASE = 512  # XPOS's own default, which belongs to a training length of 1024
+TRAIN_METRICS = ("train_bits_per_byte", "train_nats_per_token")
+VAL_METRICS = ("val_bits_per_byte", "val_nats_per_token", "val_accuracy")
 IGNORED = -100  # a target that is not predicted
 LOWEST = 0.1  # of the learning rate's peak, where it ends
 DECAY = 0.2  # the share of steps over which it falls in the schedule wsd
@@ -90,12 +93,12 @@ class LanguageModel(L.LightningModule):
         vocab_size: int = BYTES,
     ):
         super().__init__()
-        if not learning_rate > 0:
-            raise UserError(f"model.learning_rate must be above 0, got {learning_rate}")
+        if not 0 < learning_rate < math.inf:
+            raise UserError(f"model.learning_rate must be above 0 and finite, got {learning_rate}")
         if warmup_steps < 1:
             raise UserError(f"model.warmup_steps must be 1 or above, got {warmup_steps}")
-        if not weight_decay >= 0:
-            raise UserError(f"model.weight_decay must be 0 or above, got {weight_decay}")
+        if not 0 <= weight_decay < math.inf:
+            raise UserError(f"model.weight_decay must be 0 or above and finite, got {weight_decay}")
         self.save_hyperparameters()
         self.options: Any = self.hparams
         self.seed = torch.initial_seed()  # of dropout
@@ -166,6 +169,14 @@ class LanguageModel(L.LightningModule):
         inputs, targets, *document_ids = own
         logits = self(inputs, *document_ids).flatten(0, 1)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
+
+    def check_batches(self, windows: Dataset[Any]) -> None:
+        """Raise what the model has against batches of these windows, such as a ValueError; a few tokens show it."""
+        batch = default_collate([windows[0]])
+        few = batch[:, :3] if isinstance(batch, Tensor) else tuple(part[:, :2] for part in batch)
+        with torch.no_grad():
+            self.eval().predictions(few)
+        self.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = cross_entropy(*self.predictions(batch), ignore_index=IGNORED)

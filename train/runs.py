@@ -52,7 +52,7 @@ def load_model(path: Path, device: torch.device | str) -> Transformer:
 
 
 def find_runs(folders: Iterable[str | Path], option: str = "paths") -> list[Run]:
-    """The runs and exported models in and below the folders, each once.
+    """The runs and exported models in and below the folders, each once; what else a run's folder holds is none.
 
     A UserError if a folder holds none, or one is damaged, or its data has no such option or a length without quarters.
     """
@@ -62,7 +62,9 @@ def find_runs(folders: Iterable[str | Path], option: str = "paths") -> list[Run]
         if not checkpoints:
             raise UserError(f"runs: there is no trained run in {str(folder)!r}; `fit` makes one")
         paths |= {path.resolve(): path for path in checkpoints}
-    runs = [read_run(path) for path in paths.values()]
+    homes = {path: path.parents[path.name != EXPORTED] for path in paths}
+    outermost = [path for path in paths if set(homes.values()).isdisjoint(homes[path].parents)]
+    runs = [read_run(paths[path]) for path in outermost]
     for run in runs:
         if option not in run.data:
             raise UserError(f"runs: {run.checkpoint} has no data.{option}: it was trained for something else")
