@@ -199,7 +199,8 @@ def test_a_damaged_checkpoint(damage, message, trained, tmp_path, capfd):
     ("changes", "message"),
     [
         ({"model__embed_dim": 32}, "model.embed_dim: 16 there, 32 here"),
-        ({"data__context_length": 32}, "model.scale_base: 8.0 there, 16.0 here"),
+        ({"data__context_length": 32}, "model.positions.init_args.scale_base: 8.0 there, 16.0 here"),
+        ({"model__positions__scale_base": 512}, "scale_base: 8.0 there, 512.0 here"),
         ({"model__positions__base": 99}, "model.positions.init_args.base: 10000.0 there, 99.0 here"),
     ],
 )

@@ -190,15 +190,54 @@ def test_a_folder_of_another_run_is_left_alone(edit, changes, message, copy_of_t
     assert snapshot(copy_of_trained / "runs") == before
 
 
-def test_a_run_of_version_0_2_which_knew_no_qk_norm_is_the_run_that_it_was(copy_of_trained, capsys):
-    path = config_of(copy_of_trained)
-    checkpoint = path.parent / LAST
-    config, content = yaml.safe_load(path.read_text()), torch.load(checkpoint, weights_only=True)
-    del config["model"]["qk_norm"], content["hyper_parameters"]["qk_norm"]
-    path.write_text(yaml.safe_dump(config))
-    torch.save(content, checkpoint)
+@pytest.mark.parametrize(
+    ("changes", "used"),
+    [
+        ({}, [8]),
+        ({"model__positions__scale_base": 512}, [512]),
+        ({"model__scale_base": 7}, [7]),
+        ({"model__scale_base": 7, "model__positions__scale_base": 512}, [512]),
+        (
+            {
+                "model__num_layers": 2,
+                "model__positions": "[XPOS, {class_path: XPOS, init_args: {scale_base: 512}}]",
+                "model__scale_base": 7,
+            },
+            [7, 512],
+        ),
+    ],
+)
+def test_a_scale_base_that_is_written_is_the_one_that_is_run_and_recorded(changes, used, tmp_path, capsys):
+    run = fit(tmp_path, trainer__max_steps=1, **changes)
+    model = LanguageModel.load_from_checkpoint(run / LAST, weights_only=True)
+    assert [attention.positions.scale_base for attention in model.transformer.attentions] == used
+    config = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    for recorded in (config, read_checkpoint(run)["hyper_parameters"]):
+        layers = recorded["positions"] if len(used) > 1 else [recorded["positions"]]
+        assert [layer["init_args"]["scale_base"] for layer in layers] == used
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", *options(tmp_path, **changes), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["positions"] == config["positions"]
+
+
+def test_a_run_of_version_0_2_is_the_run_that_it_was(copy_of_trained, trained, capsys):
+    """It knew no qk_norm, and recorded the scale_base of XPOS beside positions that have the library's default."""
+    interrupt(copy_of_trained, 5, name="early")
+    for name in ("xpos", "early"):
+        checkpoint = copy_of_trained / "runs" / name / "seed1" / LAST
+        path = checkpoint.parents[1] / "config.yaml"
+        config, content = yaml.safe_load(path.read_text()), torch.load(checkpoint, weights_only=True)
+        for recorded in (config["model"], content["hyper_parameters"]):
+            del recorded["qk_norm"]
+            recorded["positions"]["init_args"]["scale_base"] = 512.0
+        content["hyper_parameters"]["scale_base"] = 8.0
+        path.write_text(yaml.safe_dump(config))
+        torch.save(content, checkpoint)
+    main(["fit", "--config", str(config_of(copy_of_trained))])
     fit(copy_of_trained)
-    assert f"{LAST} is finished, with 8 of 8 steps" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(f"{LAST} is finished, with 8 of 8 steps") == 2
+    assert_same_run(fit(copy_of_trained, name="early"), trained)
 
 
 def test_a_finished_run_is_left_as_it_is(copy_of_trained, capsys):

@@ -41,7 +41,7 @@ def test_runs_are_found_once_whichever_folders_are_given(runs, tmp_path):
         (lambda c: c["datamodule_hyper_parameters"].update(val_fraction=0.2), "(data.val_fraction: "),
         (lambda c: c.update(global_step=1), "(steps: 8 there, 1 here)"),
         (lambda c: c["hyper_parameters"].update(embed_dim=32), "(model.embed_dim: 16 there, 32 here)"),
-        (lambda c: c["hyper_parameters"].update(scale_base=3), "(scale_base: "),
+        (lambda c: c["hyper_parameters"]["positions"]["init_args"].update(scale_base=3), ".scale_base: 8.0 there, 3 "),
         (lambda c: c["TextData"].update(tokenizer="{}"), "(tokenizer: "),
         (lambda c: None, "are both seed 1 of xPos"),
     ],

@@ -1,14 +1,17 @@
 """`python -m train fit --config configs/xpos.yaml`: train, validate and test from YAML with Lightning."""
 
+import json
 import logging
+import sys
 import warnings
 from enum import Enum
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt, restricted_number_type
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -35,7 +38,8 @@ from train.checkpoint import (
 from train.data import TextData
 from train.errors import UserError, errors_in_one_line
 from train.files import replacing
-from train.language_model import LanguageModel
+from train.language_model import UNSET_SCALE_BASE, LanguageModel
+from xpos_zoo import XPOS
 
 CALLBACKS = (SampleText, Throughput)  # imported, so that YAML can name them without their module
 DEFAULTS = Path(__file__).parents[1] / "configs" / "cpu.yaml"
@@ -88,6 +92,23 @@ class RunCLI(LightningCLI):
         parser.link_arguments("data.context_length", "model.context_length")
         parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, after giving each layer of XPOS that has no scale_base one: model.scale_base, or half the length.
+
+        Only the arguments by themselves tell a scale_base that is not given from the library's default.
+        """
+        args = sys.argv[1:] if args is None else args
+        plain = [each for each in args if not each.startswith("--print_config")]
+        everything = parser.parse_args(plain)
+        command = everything.subcommand
+        linked = {name: everything[f"{command}.{name}"] for name in ("data.context_length", "seed_everything")}
+        given = parser.parse_args(plain, namespace=Namespace({command: Namespace(linked)}), defaults=False)[command]
+        model = yaml.safe_load(parser.dump(everything, skip_unset=False))[command]["model"]
+        positions = resolve_positions(model, given.get("model", Namespace()), linked["data.context_length"] / 2)
+        if "scale_base" in str(positions):
+            args = [*args, f"--model.positions={json.dumps(positions)}", "--model.scale_base=null"]
+        super().parse_arguments(parser, args)
 
     @property
     def options(self) -> Any:
@@ -227,9 +248,33 @@ class RunCLI(LightningCLI):
             raise UserError(f"{self.run_folder} holds a run of another text: it has changed since; {ANOTHER_NAME}")
 
 
+def resolve_positions(model: dict[str, Any], given: Any, default: float) -> Any:
+    """The positions among a model's options, each layer of XPOS with a scale_base; `given` are the options given."""
+    missing = model.keys() - vars(given).keys()  # all but what is new are in the config.yaml of a run of 0.2.0
+    recorded_by_0_2 = bool(missing & ADDED.keys()) and missing <= ADDED.keys() | FREE | {"vocab_size"}
+    scale_base = default if model["scale_base"] is None else model["scale_base"]
+
+    def resolve(layer: Any, own: Any) -> Any:
+        layer = {"class_path": layer, "init_args": {"scale_base": None}} if layer == "xpos_zoo.XPOS" else layer
+        arguments = layer.get("init_args", {}) if isinstance(layer, dict) else {}
+        kind = locate(layer["class_path"]) if "scale_base" in arguments else None
+        chosen = own.get("init_args", {}).get("scale_base") if isinstance(own, Namespace) else None
+        if not (isinstance(kind, type) and issubclass(kind, XPOS)):
+            return layer
+        if chosen is None or (recorded_by_0_2 and chosen == UNSET_SCALE_BASE):
+            return layer | {"init_args": arguments | {"scale_base": scale_base}}
+        return layer
+
+    layers, own = model["positions"], given.get("positions")
+    if isinstance(layers, list):
+        return [resolve(*pair) for pair in zip(layers, own, strict=True)]
+    return resolve(layers, own)
+
+
 def what_counts(config: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that its numbers depend on."""
-    counts = {group: {k: v for k, v in config[group].items() if k not in FREE} for group in ("model", "data")}
+    free = FREE | {"positions", "scale_base"}  # of which the checkpoint says what was used
+    counts = {group: {k: v for k, v in config[group].items() if k not in free} for group in ("model", "data")}
     counts["model"] = ADDED | counts["model"]
     trainer = {name: config["trainer"][name] for name in BOUND}
     return counts | {"seed_everything": config["seed_everything"], "trainer": trainer}

@@ -46,8 +46,8 @@ class LanguageModel(L.LightningModule):
         context_length: training length L; the data's own.
         positions: the position module's class, or anything that gives one for a head_dim, such as `XPOS` or
             `RotaryEmbedding`; or a list with one for each layer.
-        scale_base: of XPOS: by default half the context length, where the authors' 512 for 1024 puts it. It takes the
-            place of the library's default of 512 in `positions`.
+        scale_base: of layers of XPOS that have none of their own in `positions`: by default half the context length,
+            where the authors' 512 for 1024 puts it.
         embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, qk_norm, dropout: see `Transformer`.
         block_size: of blockwise attention, or null for dense; or a list with one for each layer.
         query_scaling: what multiplies queries, likewise: `{name: ScalableSoftmax, trained_length: 128}`.
@@ -102,13 +102,16 @@ class LanguageModel(L.LightningModule):
         self.save_hyperparameters()
         self.options: Any = self.hparams
         self.seed = torch.initial_seed()  # of dropout
+        half = context_length / 2 if scale_base is None else scale_base
         self.transformer = Transformer(
             vocab_size,
             embed_dim,
             num_layers,
             num_heads,
             num_kv_heads=num_kv_heads,
-            positions=positions,
+            positions=[with_scale_base(each, half) for each in positions]
+            if isinstance(positions, list)
+            else with_scale_base(positions, half),
             block_size=block_size,
             query_scaling=make_setting("query_scaling", query_scaling),
             distance_bias=make_setting("distance_bias", distance_bias),
@@ -128,13 +131,10 @@ class LanguageModel(L.LightningModule):
                 if heads not in (1, num_heads):
                     raise UserError(f"model.num_heads is {num_heads}, but a distance bias is made for {heads}")
         xpos = [each.positions for each in self.transformer.attentions if isinstance(each.positions, XPOS)]
-        own_scale_base = context_length / 2 if scale_base is None else scale_base
-        for module in xpos:
-            if module.scale_base == UNSET_SCALE_BASE:
-                module.scale_base = own_scale_base
-        if xpos:
-            self.hparams["scale_base"] = own_scale_base  # what a checkpoint of another length was trained with
-        elif scale_base is not None:
+        for module in xpos:  # a checkpoint of 0.2.0 has this default there, and its own value apart
+            if scale_base is not None and module.scale_base == UNSET_SCALE_BASE:
+                module.scale_base = scale_base
+        if scale_base is not None and not xpos:
             raise UserError(f"model.scale_base is {scale_base:g}, but no layer has XPOS")
         self.transformer.checkpoint_activations = checkpoint_activations
 
@@ -248,6 +248,12 @@ class LanguageModel(L.LightningModule):
                     "checkpoint is from before that; try a lower model.learning_rate or trainer.gradient_clip_val, "
                     "under a --name of its own"
                 )
+
+
+def with_scale_base(positions: Positions, scale_base: float) -> Positions:
+    """Positions that give XPOS this scale_base, unless they have one of their own."""
+    made_by, own = (positions.func, positions.keywords) if isinstance(positions, partial) else (positions, {})
+    return partial(positions, scale_base=scale_base) if made_by is XPOS and "scale_base" not in own else positions
 
 
 def make_setting(kind: str, value: Any) -> Any:

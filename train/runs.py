@@ -16,7 +16,7 @@ from xpos_zoo import Transformer
 
 # As the literature calls them, and what it calls them if slow pairs are left out.
 ENCODINGS = {"XPOS": ("xPos", "partial xPos"), "RotaryEmbedding": ("RoPE", "p-RoPE"), "NoPositions": ("no positions",)}
-OWN = ("positions", "scale_base", "block_size", "query_scaling", "distance_bias", "qk_norm")  # how a model attends
+OWN = ("positions", "block_size", "query_scaling", "distance_bias", "qk_norm")  # how a model attends
 
 
 @dataclass(frozen=True)
