@@ -10,7 +10,6 @@ from pydoc import locate
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt, restricted_number_type
 from lightning.pytorch.callbacks import ProgressBar
@@ -37,7 +36,7 @@ from train.checkpoint import (
 )
 from train.data import TextData
 from train.errors import UserError, errors_in_one_line
-from train.files import replacing
+from train.files import locked, replacing
 from train.language_model import UNSET_SCALE_BASE, LanguageModel
 from xpos_zoo import XPOS
 
@@ -87,6 +86,12 @@ class RunCLI(LightningCLI):
             type=str | None,
             default=None,
             help="For fit, what a new run begins from; for validate and test, what is measured, by default the run.",
+        )
+        parser.add_argument(
+            "--allow_changed_text",
+            type=bool,
+            default=False,
+            help="For validate and test: measure, with a note, also text that may have been trained on.",
         )
         parser.add_argument("--save_every", type=PositiveInt, default=100, help="Steps from one last.ckpt to the next.")
         parser.link_arguments("data.context_length", "model.context_length")
@@ -170,6 +175,8 @@ class RunCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         folder, steps = self.run_folder, self.trainer.max_steps
         check_callbacks(self.trainer, self.datamodule)
+        if self.options.allow_changed_text:
+            raise UserError("allow_changed_text is for validate and test, not for fit")
         last = last_checkpoint_of(folder)
         config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))[str(self.subcommand)]
         if last.exists():
@@ -190,18 +197,14 @@ class RunCLI(LightningCLI):
         if checkpoint is not None:
             self._check_text(checkpoint, begin)
         self.model.check_batches(self.datamodule.val_dataloader().dataset)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        try:
-            if self.trainer.is_global_zero:  # of several processes of one training, the first stands for all
-                lock.acquire()
+        busy = f"{folder} is being trained by another process; wait for it, or end it"
+        if self.trainer.is_global_zero:  # of several processes of one training, the first stands for all
+            with locked(folder / ".lock", busy):
                 with replacing(folder / "config.yaml") as draft:
                     draft.write_text(yaml.safe_dump(config, sort_keys=False))
+                self._train(begin, how, **kwargs)
+        else:
             self._train(begin, how, **kwargs)
-        except Timeout:
-            raise UserError(f"{folder} is being trained by another process; wait for it, or end it") from None
-        finally:
-            lock.release()
 
     def _train(self, begin: Path | None, how: str, **kwargs: Any) -> None:
         trainer: Any = self.trainer
@@ -219,14 +222,20 @@ class RunCLI(LightningCLI):
             trainer.save_checkpoint(last_checkpoint_of(folder), weights_only=False)
 
     def validate(self, **kwargs: Any) -> None:
-        self.trainer.validate(weights_only=True, ckpt_path=self._trained(), **kwargs)
+        self.trainer.validate(weights_only=True, ckpt_path=self._trained("val"), **kwargs)
 
     def test(self, **kwargs: Any) -> None:
-        self.trainer.test(weights_only=True, ckpt_path=self._trained(), **kwargs)
+        self.trainer.test(weights_only=True, ckpt_path=self._trained("test"), **kwargs)
 
-    def _trained(self) -> Path:
+    def _trained(self, split: str) -> Path:
+        """The checkpoint that is measured; says so if the split's text may not have been held out from its training."""
         path = find_checkpoint(self.options.checkpoint or str(self.run_folder))
-        self._check_text(self._checkpoint(path), path)
+        checkpoint = self._checkpoint(path)
+        self._check_text(checkpoint, path)
+        if isinstance(self.datamodule, TextData):
+            note = self.datamodule.doubt(checkpoint, split, self.options.allow_changed_text)
+            if note:
+                self.trainer.print(f"note: {path}: {note}")
         return path
 
     def _checkpoint(self, path: Path) -> dict[str, Any]:

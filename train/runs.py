@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from train.checkpoint import EXPORTED, FREE, difference, load_trained, tokenizer_json_in
+from train.checkpoint import DATA, EXPORTED, FREE, difference, load_trained, tokenizer_json_in
 from train.data import TextData
 from train.errors import UserError
 from train.language_model import LanguageModel
@@ -32,6 +32,7 @@ class Run:
     positions: dict[str, Any]  # what they differ in: how layers attend
     tokenizer: str | None
     sha256: str  # of the checkpoint
+    trained_on: dict[str, Any]  # what the checkpoint says of its text
 
     def text(self) -> TextData:
         """The text that it was trained on; a UserError if its tokens are not what they were."""
@@ -39,6 +40,13 @@ class Run:
         if text.state_dict()["tokenizer"] != self.tokenizer:
             raise UserError(f"{self.checkpoint} has another tokenizer than data.tokenizer gives now")
         return text
+
+    def doubt(self, text: TextData, allow_changed: bool) -> str:
+        """Why the text for testing may not have been held out from this training; as `TextData.doubt`."""
+        try:
+            return text.doubt(self.trained_on, "test", allow_changed)
+        except UserError as error:
+            raise UserError(f"{self.checkpoint}: {error}") from error
 
     def model(self, device: torch.device) -> Transformer:
         return load_model(self.checkpoint, device)
@@ -83,7 +91,8 @@ def read_run(path: Path) -> Run:
     recipe |= {"steps": content["global_step"], "tokenizer": hashlib.sha256(str(tokenizer).encode()).hexdigest()[:8]}
     encoding, sha256 = encoding_of(**positions), hashlib.sha256(weights.read_bytes())
     own = (data["seed"], data["context_length"], data, recipe, positions, tokenizer)
-    return Run(path, encoding, *own, sha256.hexdigest())
+    trained_on = {name: content.get(name, {}) for name in (DATA, "datamodule_hyper_parameters")}
+    return Run(path, encoding, *own, sha256.hexdigest(), trained_on)
 
 
 def encoding_of(
