@@ -27,6 +27,7 @@ from train.callbacks import (
 )
 from train.checkpoint import (
     ADDED,
+    DATA,
     FREE,
     CheckpointFiles,
     difference,
@@ -109,7 +110,7 @@ class RunCLI(LightningCLI):
         command = everything.subcommand
         linked = {name: everything[f"{command}.{name}"] for name in ("data.context_length", "seed_everything")}
         given = parser.parse_args(plain, namespace=Namespace({command: Namespace(linked)}), defaults=False)[command]
-        model = yaml.safe_load(parser.dump(everything, skip_unset=False))[command]["model"]
+        model = vars(everything[command].model)
         positions = resolve_positions(model, given.get("model", Namespace()), linked["data.context_length"] / 2)
         if "scale_base" in str(positions):
             args = [*args, f"--model.positions={json.dumps(positions)}", "--model.scale_base=null"]
@@ -233,7 +234,8 @@ class RunCLI(LightningCLI):
         checkpoint = self._checkpoint(path)
         self._check_text(checkpoint, path)
         if isinstance(self.datamodule, TextData):
-            note = self.datamodule.doubt(checkpoint, split, self.options.allow_changed_text)
+            trained = checkpoint.get(DATA, {}), checkpoint["datamodule_hyper_parameters"]
+            note = self.datamodule.doubt(*trained, split, self.options.allow_changed_text)
             if note:
                 self.trainer.print(f"note: {path}: {note}")
         return path
@@ -260,19 +262,19 @@ class RunCLI(LightningCLI):
 def resolve_positions(model: dict[str, Any], given: Any, default: float) -> Any:
     """The positions among a model's options, each layer of XPOS with a scale_base; `given` are the options given."""
     missing = model.keys() - vars(given).keys()  # all but what is new are in the config.yaml of a run of 0.2.0
-    recorded_by_0_2 = bool(missing & ADDED.keys()) and missing <= ADDED.keys() | FREE | {"vocab_size"}
+    recorded_by_0_2 = bool(missing & ADDED.keys()) and missing <= ADDED.keys() | FREE | {"context_length", "vocab_size"}
     scale_base = default if model["scale_base"] is None else model["scale_base"]
 
     def resolve(layer: Any, own: Any) -> Any:
-        layer = {"class_path": layer, "init_args": {"scale_base": None}} if layer == "xpos_zoo.XPOS" else layer
-        arguments = layer.get("init_args", {}) if isinstance(layer, dict) else {}
-        kind = locate(layer["class_path"]) if "scale_base" in arguments else None
-        chosen = own.get("init_args", {}).get("scale_base") if isinstance(own, Namespace) else None
-        if not (isinstance(kind, type) and issubclass(kind, XPOS)):
-            return layer
-        if chosen is None or (recorded_by_0_2 and chosen == UNSET_SCALE_BASE):
-            return layer | {"init_args": arguments | {"scale_base": scale_base}}
-        return layer
+        if not isinstance(layer, Namespace):
+            paths = {"class_path": "xpos_zoo.XPOS", "init_args": {"scale_base": scale_base}}
+            return paths if layer is XPOS else f"{layer.__module__}.{layer.__qualname__}"
+        kind, arguments = locate(layer.class_path), vars(layer.get("init_args", Namespace()))
+        chosen = own.get("init_args", {}).get("scale_base")
+        unset = chosen is None or (recorded_by_0_2 and chosen == UNSET_SCALE_BASE)
+        if "scale_base" in arguments and unset and isinstance(kind, type) and issubclass(kind, XPOS):
+            arguments = arguments | {"scale_base": scale_base}
+        return {"class_path": layer.class_path, "init_args": arguments}
 
     layers, own = model["positions"], given.get("positions")
     if isinstance(layers, list):

@@ -337,13 +337,17 @@ class TextData(L.LightningDataModule):
         same = state_dict["text_sha256"] == self.corpus.digest if there is None else there == self.held_out
         self.earlier = [*state_dict.get("earlier_texts", ()), *(() if same else (state_dict["text_sha256"],))]
 
-    def doubt(self, checkpoint: dict[str, Any], split: str, allow_changed: bool) -> str:
-        """Why it is not certain that a split's text was held out when a checkpoint was trained; nothing if it is.
+    def doubt(self, there: dict[str, Any], options: dict[str, Any], split: str, allow_changed: bool) -> str:
+        """Why it is not certain that a split's text was held out from a training; nothing if it is.
+
+        Args:
+            there, options: the data's state and options in the training's checkpoint.
+            split: val or test.
+            allow_changed: whether a text that has changed may be measured.
 
         Raises:
             UserError: the text is known to have changed, and that is not allowed.
         """
-        there, options = checkpoint.get(type(self).__qualname__, {}), checkpoint["datamodule_hyper_parameters"]
         if "held_out_sha256" not in there:  # a checkpoint of 0.2.0
             same_cut = all(options.get(name) == self.options[name] for name in CUT)
             if same_cut and there.get("text_sha256") == self.corpus.digest:

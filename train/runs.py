@@ -32,7 +32,7 @@ class Run:
     positions: dict[str, Any]  # what they differ in: how layers attend
     tokenizer: str | None
     sha256: str  # of the checkpoint
-    trained_on: dict[str, Any]  # what the checkpoint says of its text
+    text_hashes: dict[str, Any]
 
     def text(self) -> TextData:
         """The text that it was trained on; a UserError if its tokens are not what they were."""
@@ -44,7 +44,7 @@ class Run:
     def doubt(self, text: TextData, allow_changed: bool) -> str:
         """Why the text for testing may not have been held out from this training; as `TextData.doubt`."""
         try:
-            return text.doubt(self.trained_on, "test", allow_changed)
+            return text.doubt(self.text_hashes, self.data, "test", allow_changed)
         except UserError as error:
             raise UserError(f"{self.checkpoint}: {error}") from error
 
@@ -91,8 +91,8 @@ def read_run(path: Path) -> Run:
     recipe |= {"steps": content["global_step"], "tokenizer": hashlib.sha256(str(tokenizer).encode()).hexdigest()[:8]}
     encoding, sha256 = encoding_of(**positions), hashlib.sha256(weights.read_bytes())
     own = (data["seed"], data["context_length"], data, recipe, positions, tokenizer)
-    trained_on = {name: content.get(name, {}) for name in (DATA, "datamodule_hyper_parameters")}
-    return Run(path, encoding, *own, sha256.hexdigest(), trained_on)
+    text = {name: value for name, value in content.get(DATA, {}).items() if name != "tokenizer"}
+    return Run(path, encoding, *own, sha256.hexdigest(), text)
 
 
 def encoding_of(
