@@ -274,7 +274,7 @@ def resolve_positions(model: dict[str, Any], given: Any, default: float) -> Any:
         unset = chosen is None or (recorded_by_0_2 and chosen == UNSET_SCALE_BASE)
         if "scale_base" in arguments and unset and isinstance(kind, type) and issubclass(kind, XPOS):
             arguments = arguments | {"scale_base": scale_base}
-        return {"class_path": layer.class_path, "init_args": arguments}
+        return {"class_path": layer.class_path} | ({"init_args": arguments} if arguments else {})
 
     layers, own = model["positions"], given.get("positions")
     if isinstance(layers, list):

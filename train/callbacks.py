@@ -48,12 +48,12 @@ REFUSED: dict[type[L.Callback], str] = {
     StochasticWeightAveraging: f"{NO_EPOCHS}; EMAWeightAveraging averages after each step",
 }
 NEED_A_LOGGER = (DeviceStatsMonitor, LearningRateMonitor, ThroughputMonitor)
-# Arguments of Lightning's callbacks that count epochs, and the values with which they do nothing.
+# Arguments of Lightning's callbacks that count epochs, and the values that they may have without any.
 COUNT_EPOCHS: dict[str, tuple[Any, ...]] = {
     "interval": ("step",),
     "check_on_train_epoch_end": (None, False),
     "every_n_epochs": (None, 0, 1),
-    "update_starting_at_epoch": (None, 0),
+    "update_starting_at_epoch": (None,),
 }
 
 
