@@ -173,9 +173,16 @@ def logits_in_chunks(
         yield logits.masked_fill(~visible, -torch.inf), distance
 
 
-def measure_context_use(runs: list[Run], modes: list[Mode], path: Path, longest: int = 8, windows: int = 24) -> Results:
+def measure_context_use(
+    runs: list[Run],
+    modes: list[Mode],
+    path: Path,
+    longest: int = 8,
+    windows: int = 24,
+    allow_changed_text: bool = False,
+) -> Results:
     """All three measurements of runs in modes, kept in the JSON file at `path`."""
-    text, settings = held_out(runs[0], longest, windows)
+    text, settings = held_out(runs, longest, windows, allow_changed_text=allow_changed_text)
     length, targets = runs[0].context_length, runs[0].context_length // 2
     versions = far_versions(text, settings["documents"], length)
 
@@ -217,7 +224,13 @@ def far_table(results: Results) -> str:
     return table(pd.concat(parts), "far", entry)
 
 
-def context_use(runs: list[str], output: str = "runs/context_use", longest: int = 8, windows: int = 24) -> None:
+def context_use(
+    runs: list[str],
+    output: str = "runs/context_use",
+    longest: int = 8,
+    windows: int = 24,
+    allow_changed_text: bool = False,
+) -> None:
     """Measure what the runs make of far context, and print a table.
 
     Args:
@@ -225,10 +238,12 @@ def context_use(runs: list[str], output: str = "runs/context_use", longest: int 
         output: folder for results.json; a measurement that was interrupted goes on in it.
         longest: length of the windows, in trained lengths; a power of two above 1.
         windows: how many windows of held-out text.
+        allow_changed_text: measure, with a note, also on text that has changed since the training.
     """
     found = find_runs(runs)
     modes = [mode for mode in standard_modes(found[0].context_length) if mode.name in MODES]
-    print(far_table(measure_context_use(found, modes, Path(output) / "results.json", longest, windows)))
+    results = measure_context_use(found, modes, Path(output) / "results.json", longest, windows, allow_changed_text)
+    print(far_table(results), *(f"\nNote: {note}." for note in results.settings.get("notes", ())))
 
 
 if __name__ == "__main__":

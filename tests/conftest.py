@@ -54,7 +54,6 @@ def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def rotary(content: dict[str, Any]) -> None:
         content["hyper_parameters"]["positions"] = {"class_path": "xpos_zoo.RotaryEmbedding"}
-        content["hyper_parameters"]["scale_base"] = None
         content["state_dict"].pop("transformer.layers.0.attention.positions.scale")
 
     folder = tmp_path_factory.mktemp("runs")

@@ -48,7 +48,7 @@ MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
         ),
         ({"model__distance_bias": "{name: Steep}"}, "distance_bias must be a mapping with the name"),
         ({"model__distance_bias": "{name: ScaleInvariant, tau: 0}"}, "tau must be above 0 and finite, got 0"),
-        ({"model__learning_rate": 0}, "model.learning_rate must be above 0, got 0"),
+        ({"model__learning_rate": 0}, "model.learning_rate must be above 0 and finite, got 0"),
         ({"model__context_parallel_size": 0}, "model.context_parallel_size must divide the devices, 1, got 0"),
         (
             {"model__context_parallel_size": 2, "model__block_size": 4},
@@ -60,6 +60,24 @@ MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
         ),
         ({"model__context_parallel_size": 2}, "got 16 with 2 and null"),
         ({"trainer__max_steps": -1}, "trainer.max_steps must be above 0, got -1"),
+        ({"trainer__limit_train_batches": 3}, "trainer.limit_train_batches must be null, got 3: training draws random"),
+        ({"trainer__limit_train_batches": 1}, "trainer.limit_train_batches must be null, got 1: "),
+        ({"trainer__overfit_batches": 2}, "trainer.overfit_batches must be 0, got 2: "),
+        ({"trainer__max_epochs": 2}, "trainer.max_epochs must be null, got 2: "),
+        ({"trainer__check_val_every_n_epoch": 2}, "trainer.check_val_every_n_epoch must be null, got 2: "),
+        ({"trainer__use_distributed_sampler": "true"}, "trainer.use_distributed_sampler must be False, got True: "),
+        ({"trainer__accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches must be 1 or above, got 0"),
+        ({"trainer__gradient_clip_val": -1}, "trainer.gradient_clip_val must be 0 or above, got -1"),
+        ({"trainer__val_check_interval": 0}, "trainer.val_check_interval must be above 0, got 0"),
+        (
+            {"trainer__val_check_interval": 9, "trainer__check_val_every_n_epoch": 1},
+            "trainer.val_check_interval must be at most the training's 8 batches, got 9; or set trainer.check_val",
+        ),
+        (
+            {"model__query_scaling": "{name: ScalableSoftmax, trained_length: 16}", "data__separate_documents": "true"},
+            "document_ids must be None with query_scaling",
+        ),
+        ({"model__embed_dim": 10**10}, "allocate memory"),
         ({"save_every": 0}, "save_every"),
         ({"trainer__accelerator": "abacus"}, "abacus"),
         (
@@ -188,7 +206,8 @@ def test_a_damaged_checkpoint(damage, message, trained, tmp_path, capfd):
     ("changes", "message"),
     [
         ({"model__embed_dim": 32}, "model.embed_dim: 16 there, 32 here"),
-        ({"data__context_length": 32}, "model.scale_base: 8.0 there, 16.0 here"),
+        ({"data__context_length": 32}, "model.positions.init_args.scale_base: 8.0 there, 16.0 here"),
+        ({"model__positions__scale_base": 512}, "scale_base: 8.0 there, 512.0 here"),
         ({"model__positions__base": 99}, "model.positions.init_args.base: 10000.0 there, 99.0 here"),
     ],
 )

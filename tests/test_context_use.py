@@ -193,7 +193,7 @@ def test_cells_hold_the_losses_of_the_last_targets_and_the_table_their_differenc
     context_use([str(runs)], str(tmp_path), longest=4, windows=4)
     results = results_of(*read_cells(tmp_path / "results.json"))
     (run,) = find_runs([runs / "rotary"])
-    windows, settings = held_out(run, 4, 4)
+    windows, settings = held_out([run], 4, 4)
     model = run.model(torch.device("cpu"))
     far = results.tables["far"].query("encoding == 'RoPE' and mode == 'BCA'").set_index("far")["loss"]
     model.block_size = L // 2

@@ -1,18 +1,21 @@
 """Loss against context length: the same targets at every context, in modes that leave the model as it was trained."""
 
+import json
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import complaint_of, random_windows, sharpened
+from tiny import LAST, complaint_of, fit, options, random_windows, read_checkpoint, sharpened
 from torch import Tensor
 
 import train.extrapolate
-from train.data import Document
+from train.__main__ import main
+from train.data import Document, TextData
 from train.errors import UserError, command
 from train.extrapolate import (
     binned,
@@ -198,14 +201,14 @@ def test_a_model_trained_longer_is_measured_on_the_targets_of_the_shorter_length
     found = find_runs([runs / "xpos"])[:1]
     results = measure_loss(found, standard_modes(L)[:1], tmp_path / "half.json", 4, 3, length=L // 2)
     assert results.length == L // 2
-    windows, _ = held_out(found[0], 2, 3)  # as long
+    windows, _ = held_out(found[:1], 2, 3)  # as long
     for context, group in results.tables["loss"].query(f"context >= {L // 4}").groupby("context"):
         expected = token_losses(found[0].model(torch.device("cpu")), windows[:, -context - 1 :])[:, -(L // 4) :]
         assert group["loss"].tolist() == pytest.approx(expected.mean(1).tolist(), abs=1e-5)
 
 
 def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(runs, tmp_path, capfd):
-    for options, message in (
+    for option, message in (
         ("--longest=3", "longest a power of two, got 24 and 3"),
         ("--windows=0", "windows must be above 0, and longest a power of two, got 0 and 64"),
         ("--log_n=-1", "log_n, tail or discount: coefficient must be 0 or above and finite, got -1"),
@@ -214,6 +217,72 @@ def test_a_wrong_argument_is_told_in_one_line_and_leaves_nothing(runs, tmp_path,
         ("--modes=[discount]", "modes: discount must fit one of the runs"),
         ("--modes=[loose]", "loose"),
     ):
-        args = [str(runs), options, "--output", str(tmp_path / "out")]
+        args = [str(runs), option, "--output", str(tmp_path / "out")]
         assert message in complaint_of(partial(command, extrapolate), args, capfd)
         assert not (tmp_path / "out").exists()
+
+
+def change_held_out(corpus: Path) -> None:
+    for path in corpus.iterdir():
+        path.write_text("or not " * 20 + path.read_text())
+
+
+def change_training(corpus: Path) -> None:
+    held_out = {each.name for split in ("val", "test") for each in TextData(16, [str(corpus)]).documents(split)}
+    next(path for path in corpus.iterdir() if path.name not in held_out).write_text("not held out")
+
+
+def forget_hashes(content: dict[str, Any]) -> None:
+    for name in ("held_out_sha256", "earlier_texts"):
+        del content["TextData"][name]
+
+
+@pytest.mark.parametrize(
+    ("change", "edit", "refused", "note"),
+    [
+        (lambda corpus: None, lambda content: None, "", ""),
+        (change_training, lambda content: None, "", ""),
+        (change_held_out, lambda content: None, "the text has changed since", "the text has changed since"),
+        (lambda corpus: None, forget_hashes, "", ""),  # of 0.2.0
+        (change_held_out, forget_hashes, "", "cannot say whether the test text was held out"),
+    ],
+)
+def test_text_is_measured_as_held_out_if_it_was_and_otherwise_only_if_told_to(
+    change, edit, refused, note, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    run = fit(tmp_path, trainer__max_steps=1)
+    content = read_checkpoint(run)
+    edit(content)
+    torch.save(content, run / LAST)
+    change(tmp_path / "corpus")
+    small = [str(run), "--longest=2", "--windows=2", "--modes=[dense]", "--output=out"]
+    testing = ["test", *options(tmp_path, trainer__max_steps=1)]
+    told = ["--allow_changed_text=true"] if refused else []
+    if refused:
+        assert refused in complaint_of(partial(command, extrapolate), small, capfd)
+        assert not Path("out").exists()
+        assert refused in complaint_of(main, testing, capfd)
+    command(extrapolate, [*small, *told])
+    notes = json.loads(Path("out/results.json").read_text())["settings"].get("notes", [])
+    assert [note in each for each in notes] == [True] * bool(note)
+    assert note in Path("out/report.md").read_text()
+    capfd.readouterr()
+    main([*testing, *told])
+    shown = capfd.readouterr().out
+    assert note in shown
+    assert ("note: " in shown) == bool(note)
+
+
+def test_what_a_run_was_trained_on_before_is_known_to_the_run_that_began_from_it(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    first = fit(tmp_path, trainer__max_steps=1)
+    cases: list[tuple[str, dict[str, Any], bool]] = [("same", {}, False), ("cut", {"data__test_fraction": 0.4}, True)]
+    for name, changes, refused in cases:
+        run = fit(tmp_path, name=name, checkpoint=first, **changes)
+        args = [str(run), "--longest=2", "--windows=2", "--modes=[dense]", f"--output={name}"]
+        if refused:
+            line = complaint_of(partial(command, extrapolate), args, capfd)
+            assert "the run began from one of another text" in line
+        else:
+            command(extrapolate, args)

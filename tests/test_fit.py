@@ -1,12 +1,16 @@
 """`python -m train fit`: configurations, and a run that goes on from where it was to the same end, bit for bit."""
 
+import builtins
+import json
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import lightning.pytorch.callbacks
 import pytest
 import torch
 import yaml
@@ -30,6 +34,7 @@ from tiny import (
 
 from train.__main__ import main
 from train.language_model import LanguageModel
+from train.runs import find_runs
 from xpos_zoo import XPOS
 
 
@@ -185,15 +190,54 @@ def test_a_folder_of_another_run_is_left_alone(edit, changes, message, copy_of_t
     assert snapshot(copy_of_trained / "runs") == before
 
 
-def test_a_run_of_version_0_2_which_knew_no_qk_norm_is_the_run_that_it_was(copy_of_trained, capsys):
-    path = config_of(copy_of_trained)
-    checkpoint = path.parent / LAST
-    config, content = yaml.safe_load(path.read_text()), torch.load(checkpoint, weights_only=True)
-    del config["model"]["qk_norm"], content["hyper_parameters"]["qk_norm"]
-    path.write_text(yaml.safe_dump(config))
-    torch.save(content, checkpoint)
+@pytest.mark.parametrize(
+    ("changes", "used"),
+    [
+        ({}, [8]),
+        ({"model__positions__scale_base": 512}, [512]),
+        ({"model__scale_base": 7}, [7]),
+        ({"model__scale_base": 7, "model__positions__scale_base": 512}, [512]),
+        (
+            {
+                "model__num_layers": 2,
+                "model__positions": "[XPOS, {class_path: XPOS, init_args: {scale_base: 512}}]",
+                "model__scale_base": 7,
+            },
+            [7, 512],
+        ),
+    ],
+)
+def test_a_scale_base_that_is_written_is_the_one_that_is_run_and_recorded(changes, used, tmp_path, capsys):
+    run = fit(tmp_path, trainer__max_steps=1, **changes)
+    model = LanguageModel.load_from_checkpoint(run / LAST, weights_only=True)
+    assert [attention.positions.scale_base for attention in model.transformer.attentions] == used
+    config = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    for recorded in (config, read_checkpoint(run)["hyper_parameters"]):
+        layers = recorded["positions"] if len(used) > 1 else [recorded["positions"]]
+        assert [layer["init_args"]["scale_base"] for layer in layers] == used
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["fit", *options(tmp_path, **changes), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["positions"] == config["positions"]
+
+
+def test_a_run_of_version_0_2_is_the_run_that_it_was(copy_of_trained, trained, capsys):
+    """It knew no qk_norm, and recorded the scale_base of XPOS beside positions that have the library's default."""
+    interrupt(copy_of_trained, 5, name="early")
+    for name in ("xpos", "early"):
+        checkpoint = copy_of_trained / "runs" / name / "seed1" / LAST
+        path = checkpoint.parents[1] / "config.yaml"
+        config, content = yaml.safe_load(path.read_text()), torch.load(checkpoint, weights_only=True)
+        for recorded in (config["model"], content["hyper_parameters"]):
+            del recorded["qk_norm"]
+            recorded["positions"]["init_args"]["scale_base"] = 512.0
+        content["hyper_parameters"]["scale_base"] = 8.0
+        path.write_text(yaml.safe_dump(config))
+        torch.save(content, checkpoint)
+    main(["fit", "--config", str(config_of(copy_of_trained))])
     fit(copy_of_trained)
-    assert f"{LAST} is finished, with 8 of 8 steps" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(f"{LAST} is finished, with 8 of 8 steps") == 2
+    assert_same_run(fit(copy_of_trained, name="early"), trained)
 
 
 def test_a_finished_run_is_left_as_it_is(copy_of_trained, capsys):
@@ -293,6 +337,189 @@ def test_a_training_that_no_longer_improves_stops_early_and_stays_finished(tmp_p
     fit(tmp_path, more=stopping, **changes)
     assert "is finished, with 4 of 20 steps" in capsys.readouterr().out
     assert read_checkpoint(fit(tmp_path, **changes))["global_step"] == 20  # without early stopping it goes on
+
+
+def see(trainer: L.Trainer, _: L.LightningModule) -> None:
+    """A hook that keeps the trainer."""
+    SEEN[:] = [trainer]
+
+
+def one_run_is_found(run: Path, _: str) -> None:
+    (found,) = find_runs([run])
+    assert found.checkpoint == run / LAST
+    assert (run / "tensorboard" / LAST).is_file()
+
+
+def progress_bar_is(name: str) -> Callable[[Path, str], None]:
+    def check(*_: Any) -> None:
+        assert type(SEEN[0].progress_bar_callback).__name__ == name
+
+    return check
+
+
+NO_EPOCHS = "training draws random windows, so it has no epochs"
+SEEN: list[Any] = []
+# For each of Lightning's callbacks its arguments, and why it is refused, or what shows that it worked.
+SHIPPED: dict[str, tuple[dict[str, Any], str | Callable[[Path, str], Any]]] = {
+    "BackboneFinetuning": ({}, NO_EPOCHS),
+    "BaseFinetuning": ({}, NO_EPOCHS),
+    "BasePredictionWriter": ({}, "nothing is predicted"),
+    "BatchSizeFinder": ({}, "a run's numbers depend on data.batch_size; set it"),
+    "Callback": ({}, lambda run, out: None),
+    "Checkpoint": ({}, lambda run, out: None),
+    "DeviceStatsMonitor": ({"cpu_stats": True}, lambda run, out: "cpu_percent" in all_metrics(run)),
+    "EarlyStopping": ({"monitor": "loss"}, "EarlyStopping.monitor must be one of train_bits_per_byte, "),
+    "EMAWeightAveraging": ({"update_starting_at_epoch": 1}, "update_starting_at_epoch must not be 1"),
+    "GradientAccumulationScheduler": ({"scheduling": {"0": 2}}, "; set trainer.accumulate_grad_batches"),
+    "LambdaCallback": ({"on_train_start": "test_fit.see"}, lambda run, out: SEEN[0].global_step == STEPS),
+    "LearningRateFinder": ({}, "a run's numbers depend on model.learning_rate; set it"),
+    "LearningRateMonitor": ({"log_momentum": True}, lambda run, out: "lr-AdamW/pg1-momentum" in all_metrics(run)),
+    "ModelCheckpoint": ({"save_last": True, "every_n_train_steps": 3}, one_run_is_found),
+    "ModelPruning": ({"pruning_fn": "l1_unstructured"}, NO_EPOCHS),
+    "ModelSummary": ({}, lambda run, out: "Trainable params" in out),
+    "OnExceptionCheckpoint": ({"dirpath": "kept"}, "ModelCheckpoint has save_on_exception"),
+    "ProgressBar": ({}, progress_bar_is("ProgressBar")),
+    "RichModelSummary": ({}, lambda run, out: "Trainable params" in out),
+    "RichProgressBar": ({}, progress_bar_is("RichProgressBar")),
+    "SpikeDetection": ({}, "Lightning cannot load its state"),
+    "StochasticWeightAveraging": ({"swa_lrs": 0.1}, "EMAWeightAveraging averages after each step"),
+    "ThroughputMonitor": (
+        {"batch_size_fn": "builtins.len", "window_size": 3},
+        lambda run, out: "train/device/batches_per_sec" in all_metrics(run),
+    ),
+    "Timer": ({"interval": "epoch", "duration": "00:00:00:01"}, "Timer.interval must not be epoch"),
+    "TQDMProgressBar": ({}, progress_bar_is("TQDMProgressBar")),
+    "WeightAveraging": ({}, lambda run, out: read_checkpoint(run)["averaging_state"]["n_averaged"] == STEPS),
+}
+
+
+def all_metrics(run: Path) -> str:
+    return (run / "metrics" / "version_0" / "metrics.csv").read_text()
+
+
+def chosen(*callbacks: tuple[str, dict[str, Any]]) -> tuple[str, ...]:
+    """Options that add these callbacks."""
+    return tuple(
+        f"--trainer.callbacks+={json.dumps({'class_path': name, 'init_args': args})}" for name, args in callbacks
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*flops_per_batch")  # which ThroughputMonitor can do without
+@pytest.mark.parametrize("name", sorted(lightning.pytorch.callbacks.__all__))
+def test_each_callback_of_lightning_works_or_is_refused_in_a_line(name, tmp_path, trained, capfd, caplog):
+    arguments, outcome = SHIPPED[name]
+    bar = {"trainer__enable_progress_bar": str("Progress" in name).lower()}
+    more = chosen((name, arguments), ("LambdaCallback", {"on_train_start": "test_fit.see"}))
+    more = more[:1] if name == "LambdaCallback" else more
+    if isinstance(outcome, str):
+        assert outcome in complaint_of(main, ["fit", *options(tmp_path, **bar), *more], capfd)
+        assert not (tmp_path / "runs").exists()
+    else:
+        run = fit(tmp_path, more=more, **bar)
+        assert outcome(run, capfd.readouterr().out + caplog.text) in (True, None)
+        if name != "WeightAveraging":
+            assert_same_run(run, trained)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "changes", "message"),
+    [
+        ([("EarlyStopping", {"monitor": "val_accuracy"})], {"trainer__limit_val_batches": 0}, "got val_accuracy"),
+        ([("EarlyStopping", {"monitor": "val_accuracy"})] * 2, {}, "more than one stateful callback"),
+        ([("ModelCheckpoint", {"every_n_epochs": 2})], {}, "ModelCheckpoint.every_n_epochs must not be 2"),
+        (
+            [("ModelCheckpoint", {"save_last": True, "dirpath": "runs/xpos/seed1/checkpoints"})],
+            {"runs": "runs"},
+            "ModelCheckpoint must write its last.ckpt elsewhere than in",
+        ),
+        ([("Timer", {"duration": "00:00:00:09"})], {"trainer__max_time": "00:00:00:09"}, "both limit the time"),
+        ([], {"trainer__logger": "false"}, "LearningRateMonitor needs a logger"),
+        ([("SampleText", {"top_k": 0})], {}, "SampleText.top_k must be 1 or above, got 0"),
+        ([("Throughput", {"window_size": 1})], {}, "Throughput.window_size must be 2 or above, got 1"),
+    ],
+)
+def test_callbacks_that_cannot_work_together_are_refused(callbacks, changes, message, tmp_path, monkeypatch, capfd):
+    args = ["fit", *options(tmp_path, **changes), *chosen(*callbacks)]
+    monkeypatch.chdir(tmp_path)
+    assert message in complaint_of(main, args, capfd)
+    assert not (tmp_path / "runs").exists()
+
+
+class Faulty(L.Callback):
+    """Raises what it is asked to, in a hook."""
+
+    def __init__(self, error: str, step: int = 2):
+        self.error, self.step = error, step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step < self.step:
+            return
+        if self.error == "generate":
+            pl_module.transformer.generate(torch.zeros(1, 0, dtype=torch.long), 1)
+        raise getattr(builtins, self.error)("my own")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [("generate", ValueError), ("ValueError", ValueError), ("OSError", OSError)]
+)
+def test_a_fault_in_a_callback_of_ones_own_keeps_its_traceback(error, kind, tmp_path):
+    with pytest.raises(kind):
+        fit(tmp_path, more=chosen(("test_fit.Faulty", {"error": error})))
+
+
+def test_an_exception_leaves_the_checkpoint_of_its_step(tmp_path):
+    kept = {
+        "dirpath": str(tmp_path / "kept"),
+        "filename": "fault",
+        "every_n_train_steps": 99,
+        "save_on_exception": True,
+    }
+    more = chosen(("ModelCheckpoint", kept))
+    with pytest.raises(InterruptionError):
+        fit(tmp_path, more=(*more, *interrupted_at(5)))
+    assert torch.load(tmp_path / "kept" / "fault.ckpt", weights_only=True)["global_step"] == 5
+
+
+class Clock(L.Callback):
+    """Time for Lightning's Timer: it passes at the beginning of one batch."""
+
+    now = 0.0
+
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    @staticmethod
+    def monotonic() -> float:
+        return Clock.now
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        Clock.now += 60.0 * (batch_idx == self.batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "changes", "callbacks"),
+    [
+        (4, {"trainer__max_time": "00:00:00:59"}, []),
+        (
+            6,  # the first of the two of a step
+            {"trainer__accumulate_grad_batches": 2, "model__dropout": 0.2},
+            [("Timer", {"duration": "00:00:00:59"}), ("EMAWeightAveraging", {"decay": 0.5})],
+        ),
+    ],
+)
+def test_a_run_out_of_time_says_so_and_resumes_to_the_same_end(
+    batch, changes, callbacks, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", Clock)
+    whole = fit(tmp_path, name="whole", more=chosen(*callbacks), **changes)
+    more = chosen(*callbacks, ("test_fit.Clock", {"batch": batch}))
+    done = (batch + 1) // changes.get("trainer__accumulate_grad_batches", 1)
+    run = fit(tmp_path, more=more, **changes)
+    assert f"{run}: ended early, after step {done}; the same command resumes it\n" in capsys.readouterr().out
+    assert read_checkpoint(run)["global_step"] == done
+    fit(tmp_path, more=chosen(*callbacks), **changes)
+    assert f"{run}: ended early, after step {done}; resumes, to step {STEPS} on cpu\n" in capsys.readouterr().out
+    assert_same_run(run, whole)
 
 
 class Press(L.Callback):

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 from tiny import LAST, InterruptionError, changed_run
 
 from train.errors import UserError
@@ -41,7 +42,7 @@ def test_runs_are_found_once_whichever_folders_are_given(runs, tmp_path):
         (lambda c: c["datamodule_hyper_parameters"].update(val_fraction=0.2), "(data.val_fraction: "),
         (lambda c: c.update(global_step=1), "(steps: 8 there, 1 here)"),
         (lambda c: c["hyper_parameters"].update(embed_dim=32), "(model.embed_dim: 16 there, 32 here)"),
-        (lambda c: c["hyper_parameters"].update(scale_base=3), "(scale_base: "),
+        (lambda c: c["hyper_parameters"]["positions"]["init_args"].update(scale_base=3), ".scale_base: 8.0 there, 3 "),
         (lambda c: c["TextData"].update(tokenizer="{}"), "(tokenizer: "),
         (lambda c: None, "are both seed 1 of xPos"),
     ],
@@ -130,6 +131,24 @@ def test_a_file_with_other_settings_or_damaged_is_left_alone(runs, tmp_path):
     path.write_bytes(before[:100])
     with pytest.raises(UserError, match="holds no results, or damaged ones"):
         measure(found, MODES, SETTINGS, path, Counted())
+
+
+def test_two_processes_do_not_write_one_file_of_results(runs, tmp_path):
+    path = tmp_path / "results.json"
+    with (
+        FileLock(tmp_path / ".results.lock"),
+        pytest.raises(UserError, match=rf"^output: another process is measuring into {path}; wait for it"),
+    ):
+        measure(find_runs([runs]), MODES, SETTINGS, path, Counted())
+    assert not path.exists()
+
+
+def test_notes_stay_with_what_was_measured(runs, tmp_path):
+    path = tmp_path / "results.json"
+    for mode, notes in zip(MODES, (["a doubt"], []), strict=True):
+        settings = SETTINGS | ({"notes": notes} if notes else {})
+        assert measure(find_runs([runs]), [mode], settings, path, Counted()).settings["notes"] == ["a doubt"]
+    assert read_cells(path)[0] == SETTINGS | {"notes": ["a doubt"]}
 
 
 def windows(values: Any, documents: list[str]) -> pd.DataFrame:

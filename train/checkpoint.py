@@ -2,6 +2,7 @@
 
 import io
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from train.errors import UserError
 from train.files import replacing
 from train.tokens import FILE
+from xpos_zoo import XPOS
 
 CONTENT = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step"}
 # Options of data and model that change no number, or as much as other devices do.
 FREE = {"num_workers", "cache", "compile", "checkpoint_activations", "context_parallel_size"}
-ADDED = {"qk_norm": False}  # options of the model that runs of earlier versions lack
+ADDED: dict[str, Any] = {"qk_norm": False}  # options of the model that runs of earlier versions lack
 EXPORTED = "training.json"  # beside an exported model: what its checkpoint says of its training
 DATA = "TextData"  # what of a checkpoint is the text's
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -64,6 +66,7 @@ def load_trained(path: Path) -> dict[str, Any]:
         return load_checkpoint(path)
     try:
         content = json.loads(path.read_text())
+        content["hyper_parameters"] = as_of_now(content["hyper_parameters"])
         if (tokens := path.parent / FILE).exists():
             content[DATA]["tokenizer"] = tokens.read_text(encoding="utf-8")
         return {name: content[name] for name in (*CONTENT - {"state_dict"}, DATA)}
@@ -105,7 +108,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     for group in ("hyper_parameters", "datamodule_hyper_parameters"):
         if (maker := content[group].get("_instantiator", INSTANTIATOR)) != INSTANTIATOR:  # Lightning would call it
             raise UserError(f"{path} is no checkpoint of this trainer: it wants {maker!r} called")
-    return content
+    return content | {"hyper_parameters": as_of_now(content["hyper_parameters"])}
+
+
+def as_of_now(model: dict[str, Any]) -> dict[str, Any]:
+    """The options of a model, also of 0.2.0, where the scale_base of XPOS stood beside positions with the default."""
+    if model.get("scale_base") is None:
+        return model
+
+    defaults = {name: each.default for name, each in signature(XPOS).parameters.items() if name != "head_dim"}
+
+    def with_its_own(layer: Any) -> Any:
+        layer = {"class_path": layer, "init_args": defaults} if layer == "xpos_zoo.XPOS" else layer
+        own = layer.get("init_args", {}) if isinstance(layer, dict) else {}
+        unset = own.get("scale_base") == defaults["scale_base"]
+        return layer | {"init_args": own | {"scale_base": model["scale_base"]}} if unset else layer
+
+    layers = model["positions"]
+    positions = [with_its_own(layer) for layer in layers] if isinstance(layers, list) else with_its_own(layers)
+    return model | {"positions": positions, "scale_base": None}
 
 
 def difference(there: Any, here: Any, name: str = "") -> str:

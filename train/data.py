@@ -26,6 +26,7 @@ from train.tokens import is_bytes, read_tokenizer, separator, tokenizer_from, vo
 
 CACHE = "runs/.cache"
 ROWS = 8  # of text that are tokenised together
+CUT = ("val_fraction", "test_fraction", "split_by")  # options that decide which text is held out
 SplitBy = Literal["file", "folder"]
 
 
@@ -288,6 +289,7 @@ class TextData(L.LightningDataModule):
             raise UserError(f"data.dataset must have a path, a folder or a hub's name, got {options}")
         self.save_hyperparameters()
         self.options: Any = self.hparams
+        self.earlier: list[str] = []  # hashes of texts that the model was trained on before this one
         self.source = Source(None if paths is None else tuple(paths), options, field, id_field)
         self.tokenizer = read_tokenizer(tokenizer)
         self.vocab_size = vocabulary_size(self.tokenizer)
@@ -313,9 +315,45 @@ class TextData(L.LightningDataModule):
         """Of the split's text, separators being one of each: what makes losses of different tokens comparable."""
         return self.corpus.splits[split].tokens_per_byte
 
+    @cached_property
+    def held_out(self) -> dict[str, str]:
+        """The hashes of the text that is held out."""
+        return {split: self.corpus.splits[split].text_sha256 for split in ("val", "test")}
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the text's hash, and the tokenizer, without which its model is of no use."""
-        return {"text_sha256": self.corpus.digest, "tokenizer": self.tokenizer.to_str()}
+        """What a checkpoint keeps: hashes of the text, of others that a run before it was trained on, which this one
+        began from, and the tokenizer, without which its model is of no use."""
+        text = {"text_sha256": self.corpus.digest, "held_out_sha256": self.held_out, "earlier_texts": self.earlier}
+        return text | {"tokenizer": self.tokenizer.to_str()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        there = state_dict.get("held_out_sha256")  # which 0.2.0 did not keep
+        same = state_dict["text_sha256"] == self.corpus.digest if there is None else there == self.held_out
+        self.earlier = [*state_dict.get("earlier_texts", ()), *(() if same else (state_dict["text_sha256"],))]
+
+    def doubt(self, there: dict[str, Any], options: dict[str, Any], split: str, allow_changed: bool) -> str:
+        """Why it is not certain that a split's text was held out from a training; nothing if it is.
+
+        Args:
+            there, options: the data's state and options in the training's checkpoint.
+            split: val or test.
+            allow_changed: whether a text that has changed may be measured.
+
+        Raises:
+            UserError: the text is known to have changed, and that is not allowed.
+        """
+        if "held_out_sha256" not in there:  # a checkpoint of 0.2.0
+            same_cut = all(options.get(name) == self.options[name] for name in CUT)
+            if same_cut and there.get("text_sha256") == self.corpus.digest:
+                return ""
+            return f"the checkpoint is of an earlier version, and cannot say whether the {split} text was held out"
+        if there["held_out_sha256"][split] == self.held_out[split] and not there["earlier_texts"]:
+            return ""
+        why = "the run began from one of another text" if there["earlier_texts"] else "the text has changed since"
+        doubt = f"the model may have been trained on the {split} text: {why}"
+        if not allow_changed:
+            raise UserError(f"{doubt} ({self.source}); --allow_changed_text true measures it with a note")
+        return doubt
 
     def setup(self, stage: str) -> None:
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}[stage]:

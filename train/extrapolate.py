@@ -57,17 +57,26 @@ def choose_windows(documents: Sequence[Document], length: int, count: int) -> tu
     return torch.stack(windows), names
 
 
-def held_out(run: Run, longest: int, windows: int, length: int | None = None) -> tuple[Tensor, dict[str, Any]]:
-    """Windows for testing that are `longest` times `length` and one token long, and the settings of a measurement."""
-    length = length or run.context_length
+def held_out(
+    runs: list[Run], longest: int, windows: int, length: int | None = None, allow_changed_text: bool = False
+) -> tuple[Tensor, dict[str, Any]]:
+    """Windows for testing that are `longest` times `length` and one token long, and the settings of a measurement.
+
+    Its `notes`, if there are any, say for which runs the text may not have been held out. A UserError if it was not,
+    unless that is allowed.
+    """
+    length = length or runs[0].context_length
     if windows < 1 or longest < 1 or longest & (longest - 1):
         raise UserError(f"windows must be above 0, and longest a power of two, got {windows} and {longest}")
-    text = run.text()
+    text = runs[0].text()
+    doubts = {f"{run.encoding}, seed {run.seed}": run.doubt(text, allow_changed_text) for run in runs}
     chosen, names = choose_windows(text.documents("test"), longest * length + 1, windows)
     digest = hashlib.sha256(chosen.numpy().tobytes()).hexdigest()
-    settings = {"context_length": length, "steps": run.recipe["steps"], "longest": longest}
+    settings = {"context_length": length, "steps": runs[0].recipe["steps"], "longest": longest}
     settings |= {"windows": len(chosen), "text_sha256": digest, "unit": text.unit}
-    return chosen, settings | {"tokens_per_byte": text.tokens_per_byte("test"), "documents": names}
+    settings |= {"tokens_per_byte": text.tokens_per_byte("test"), "documents": names}
+    notes = [f"{name}: {doubt}" for name, doubt in doubts.items() if doubt]
+    return chosen, settings | ({"notes": notes} if notes else {})
 
 
 @torch.inference_mode()
@@ -121,13 +130,19 @@ def binned(losses: list[float]) -> pd.DataFrame:
 
 
 def measure_loss(
-    runs: list[Run], modes: list[Mode], path: Path, longest: int = 64, windows: int = 24, length: int | None = None
+    runs: list[Run],
+    modes: list[Mode],
+    path: Path,
+    longest: int = 64,
+    windows: int = 24,
+    length: int | None = None,
+    allow_changed_text: bool = False,
 ) -> Results:
     """Loss of the runs against context length, in modes that may be anyone's, kept in the JSON file at `path`.
 
     Contexts and targets are multiples of `length`, by default the trained one.
     """
-    text, settings = held_out(runs[0], longest, windows, length)
+    text, settings = held_out(runs, longest, windows, length, allow_changed_text)
     text, own = text.to(DEVICE), settings["context_length"]
     return measure(runs, modes, settings, path, lambda run, mode: losses_of(run.model(DEVICE), mode, text, own))
 
@@ -156,6 +171,7 @@ def write_report(results: Results, folder: Path) -> None:
         f" at L = {results.length} for {settings['steps']} steps; the same last {results.length // 2} {unit}s of each "
         f"window are predicted at every context. Loss, nats a {unit}:\n\n{loss_table(results)}\n"
     )
+    caption += "".join(f"\nNote: {note}.\n" for note in settings.get("notes", ()))
     sections = ["# Loss against context length", caption, "![the plot](extrapolation.png)"]
     sections += ["Against L, with 95 % intervals (bootstrap over seeds, then documents):", rise_table(results)]
     sections += [f"Perplexity a {unit}:", perplexity_table(results)]
@@ -179,6 +195,7 @@ def extrapolate(
     log_n: float = 0.2,
     tail: float = 2.0,
     discount: float = 2.0,
+    allow_changed_text: bool = False,
 ) -> Results:
     """Measure loss against context length for the runs, print a table, and write JSON, Markdown and a plot.
 
@@ -191,6 +208,7 @@ def extrapolate(
         log_n: coefficient c of log-n scaling: a query that sees n > L keys is multiplied by 1 + c ln(n / L).
         tail: power p of the soft tail: logits at distance m > L get -p ln(m / L) added.
         discount: of runs with scale-invariant logits: logits at distances from L on get -discount added.
+        allow_changed_text: measure, with a note, also on text that has changed since the training.
     """
     found = find_runs(runs)
     try:
@@ -199,7 +217,9 @@ def extrapolate(
     except ValueError as error:
         raise UserError(f"log_n, tail or discount: {error}") from error
     chosen = [mode for mode in known if not modes or mode.name in modes]
-    results = measure_loss(found, chosen, Path(output) / "results.json", longest, windows)
+    results = measure_loss(
+        found, chosen, Path(output) / "results.json", longest, windows, allow_changed_text=allow_changed_text
+    )
     write_report(results, Path(output))
     return results
 

@@ -1,9 +1,13 @@
-"""How is a file written so that it is whole or not there, whenever the process ends?"""
+"""Files that are whole or not there, whenever the process ends, and that one process at a time writes."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from train.errors import UserError
 
 
 @contextmanager
@@ -21,3 +25,18 @@ def replacing(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, message: str) -> Iterator[None]:
+    """Hold the lock file at `path`; a UserError with the message if another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(message) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, default_collate
 
 from train.errors import UserError
 from train.tokens import BYTES
@@ -22,6 +23,8 @@ from xpos_zoo.pretrained import Named, from_named
 
 POSITIONS = (XPOS, RotaryEmbedding)  # imported, so that YAML can name them without their module
 UNSET_SCALE_BASE = 512  # XPOS's own default, which belongs to a training length of 1024
+TRAIN_METRICS = ("train_bits_per_byte", "train_nats_per_token")
+VAL_METRICS = ("val_bits_per_byte", "val_nats_per_token", "val_accuracy")
 IGNORED = -100  # a target that is not predicted
 LOWEST = 0.1  # of the learning rate's peak, where it ends
 DECAY = 0.2  # the share of steps over which it falls in the schedule wsd
@@ -43,8 +46,8 @@ class LanguageModel(L.LightningModule):
         context_length: training length L; the data's own.
         positions: the position module's class, or anything that gives one for a head_dim, such as `XPOS` or
             `RotaryEmbedding`; or a list with one for each layer.
-        scale_base: of XPOS: by default half the context length, where the authors' 512 for 1024 puts it. It takes the
-            place of the library's default of 512 in `positions`.
+        scale_base: of layers of XPOS that have none of their own in `positions`: by default half the context length,
+            where the authors' 512 for 1024 puts it.
         embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, qk_norm, dropout: see `Transformer`.
         block_size: of blockwise attention, or null for dense; or a list with one for each layer.
         query_scaling: what multiplies queries, likewise: `{name: ScalableSoftmax, trained_length: 128}`.
@@ -90,22 +93,25 @@ class LanguageModel(L.LightningModule):
         vocab_size: int = BYTES,
     ):
         super().__init__()
-        if not learning_rate > 0:
-            raise UserError(f"model.learning_rate must be above 0, got {learning_rate}")
+        if not 0 < learning_rate < math.inf:
+            raise UserError(f"model.learning_rate must be above 0 and finite, got {learning_rate}")
         if warmup_steps < 1:
             raise UserError(f"model.warmup_steps must be 1 or above, got {warmup_steps}")
-        if not weight_decay >= 0:
-            raise UserError(f"model.weight_decay must be 0 or above, got {weight_decay}")
+        if not 0 <= weight_decay < math.inf:
+            raise UserError(f"model.weight_decay must be 0 or above and finite, got {weight_decay}")
         self.save_hyperparameters()
         self.options: Any = self.hparams
         self.seed = torch.initial_seed()  # of dropout
+        half = context_length / 2 if scale_base is None else scale_base
         self.transformer = Transformer(
             vocab_size,
             embed_dim,
             num_layers,
             num_heads,
             num_kv_heads=num_kv_heads,
-            positions=positions,
+            positions=[with_scale_base(each, half) for each in positions]
+            if isinstance(positions, list)
+            else with_scale_base(positions, half),
             block_size=block_size,
             query_scaling=make_setting("query_scaling", query_scaling),
             distance_bias=make_setting("distance_bias", distance_bias),
@@ -125,13 +131,10 @@ class LanguageModel(L.LightningModule):
                 if heads not in (1, num_heads):
                     raise UserError(f"model.num_heads is {num_heads}, but a distance bias is made for {heads}")
         xpos = [each.positions for each in self.transformer.attentions if isinstance(each.positions, XPOS)]
-        own_scale_base = context_length / 2 if scale_base is None else scale_base
-        for module in xpos:
-            if module.scale_base == UNSET_SCALE_BASE:
-                module.scale_base = own_scale_base
-        if xpos:
-            self.hparams["scale_base"] = own_scale_base  # what a checkpoint of another length was trained with
-        elif scale_base is not None:
+        for module in xpos:  # a checkpoint of 0.2.0 has this default there, and its own value apart
+            if scale_base is not None and module.scale_base == UNSET_SCALE_BASE:
+                module.scale_base = scale_base
+        if scale_base is not None and not xpos:
             raise UserError(f"model.scale_base is {scale_base:g}, but no layer has XPOS")
         self.transformer.checkpoint_activations = checkpoint_activations
 
@@ -166,6 +169,14 @@ class LanguageModel(L.LightningModule):
         inputs, targets, *document_ids = own
         logits = self(inputs, *document_ids).flatten(0, 1)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten()
+
+    def check_batches(self, windows: Dataset[Any]) -> None:
+        """Raise what the model has against batches of these windows, such as a ValueError; a few tokens show it."""
+        batch = default_collate([windows[0]])
+        few = batch[:, :3] if isinstance(batch, Tensor) else tuple(part[:, :2] for part in batch)
+        with torch.no_grad():
+            self.eval().predictions(few)
+        self.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = cross_entropy(*self.predictions(batch), ignore_index=IGNORED)
@@ -237,6 +248,12 @@ class LanguageModel(L.LightningModule):
                     "checkpoint is from before that; try a lower model.learning_rate or trainer.gradient_clip_val, "
                     "under a --name of its own"
                 )
+
+
+def with_scale_base(positions: Positions, scale_base: float) -> Positions:
+    """Positions that give XPOS this scale_base, unless they have one of their own."""
+    made_by, own = (positions.func, positions.keywords) if isinstance(positions, partial) else (positions, {})
+    return partial(positions, scale_base=scale_base) if made_by is XPOS and "scale_base" not in own else positions
 
 
 def make_setting(kind: str, value: Any) -> Any:

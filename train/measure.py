@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from train.errors import UserError
-from train.files import replacing
+from train.files import locked, replacing
 from train.modes import Mode
 from train.runs import Run, check_comparable
 
@@ -71,15 +71,10 @@ def measure(
 ) -> Results:
     """The tables that `work` gives of every run in every mode; what the file at `path` has already is not made again.
 
-    `settings` are what the cells of a file share; where a table has windows, the `documents` of these. A UserError if
-    the file has others, or runs are not comparable.
+    `settings` are what the cells of a file share; where a table has windows, the `documents` of these. Their `notes`
+    are added to the file's. A UserError if the file has others, runs are not comparable, or another process writes it.
     """
     check_comparable(runs)
-    there, kept = read_cells(path) if path.exists() else (settings, [])
-    for name, value in settings.items():
-        if there.get(name) != value:
-            raise UserError(f"output: {path} has {name} {there.get(name)}, not {value}; remove it, or give another")
-    cells = {(cell["encoding"], cell["label"], cell["seed"]): cell for cell in kept}
     wanted = {
         (run.encoding, mode.label, run.seed): (run, mode)
         for mode, run in product(modes, runs)
@@ -88,13 +83,21 @@ def measure(
     if not wanted:
         names = ", ".join(mode.name for mode in modes)
         raise UserError(f"modes: {names} must fit one of the runs, which keep what they were trained with")
-    missing = [key for key, (run, _) in wanted.items() if cells.get(key, {}).get("checkpoint") != run.sha256]
-    for key in tqdm(missing, unit="cell", disable=not missing):
-        run, mode = wanted[key]
-        tables = {name: rounded(frame) for name, frame in work(run, mode).items()}
-        named = dict(zip(KEY, (run.encoding, mode.name, mode.label, run.seed), strict=True))
-        cells[key] = named | {"commit": commit(), "checkpoint": run.sha256, "tables": tables}
-        write_cells(path, settings, cells.values())
+    with locked(path.with_name(f".{path.stem}.lock"), f"output: another process is measuring into {path}; wait for it"):
+        there, kept = read_cells(path) if path.exists() else (settings, [])
+        if notes := sorted({*there.get("notes", ()), *settings.get("notes", ())}):
+            settings, there = settings | {"notes": notes}, there | {"notes": notes}  # of all cells that the file holds
+        for name, value in settings.items():
+            if there.get(name) != value:
+                raise UserError(f"output: {path} has {name} {there.get(name)}, not {value}; remove it, or give another")
+        cells = {(cell["encoding"], cell["label"], cell["seed"]): cell for cell in kept}
+        missing = [key for key, (run, _) in wanted.items() if cells.get(key, {}).get("checkpoint") != run.sha256]
+        for key in tqdm(missing, unit="cell", disable=not missing):
+            run, mode = wanted[key]
+            tables = {name: rounded(frame) for name, frame in work(run, mode).items()}
+            named = dict(zip(KEY, (run.encoding, mode.name, mode.label, run.seed), strict=True))
+            cells[key] = named | {"commit": commit(), "checkpoint": run.sha256, "tables": tables}
+            write_cells(path, settings, cells.values())
     return results_of(settings, [cells[key] for key in wanted])
 
 

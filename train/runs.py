@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from train.checkpoint import EXPORTED, FREE, difference, load_trained, tokenizer_json_in
+from train.checkpoint import DATA, EXPORTED, FREE, difference, load_trained, tokenizer_json_in
 from train.data import TextData
 from train.errors import UserError
 from train.language_model import LanguageModel
@@ -16,7 +16,7 @@ from xpos_zoo import Transformer
 
 # As the literature calls them, and what it calls them if slow pairs are left out.
 ENCODINGS = {"XPOS": ("xPos", "partial xPos"), "RotaryEmbedding": ("RoPE", "p-RoPE"), "NoPositions": ("no positions",)}
-OWN = ("positions", "scale_base", "block_size", "query_scaling", "distance_bias", "qk_norm")  # how a model attends
+OWN = ("positions", "block_size", "query_scaling", "distance_bias", "qk_norm")  # how a model attends
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Run:
     positions: dict[str, Any]  # what they differ in: how layers attend
     tokenizer: str | None
     sha256: str  # of the checkpoint
+    text_hashes: dict[str, Any]
 
     def text(self) -> TextData:
         """The text that it was trained on; a UserError if its tokens are not what they were."""
@@ -39,6 +40,13 @@ class Run:
         if text.state_dict()["tokenizer"] != self.tokenizer:
             raise UserError(f"{self.checkpoint} has another tokenizer than data.tokenizer gives now")
         return text
+
+    def doubt(self, text: TextData, allow_changed: bool) -> str:
+        """Why the text for testing may not have been held out from this training; as `TextData.doubt`."""
+        try:
+            return text.doubt(self.text_hashes, self.data, "test", allow_changed)
+        except UserError as error:
+            raise UserError(f"{self.checkpoint}: {error}") from error
 
     def model(self, device: torch.device) -> Transformer:
         return load_model(self.checkpoint, device)
@@ -52,7 +60,7 @@ def load_model(path: Path, device: torch.device | str) -> Transformer:
 
 
 def find_runs(folders: Iterable[str | Path], option: str = "paths") -> list[Run]:
-    """The runs and exported models in and below the folders, each once.
+    """The runs and exported models in and below the folders, each once; what else a run's folder holds is none.
 
     A UserError if a folder holds none, or one is damaged, or its data has no such option or a length without quarters.
     """
@@ -62,7 +70,9 @@ def find_runs(folders: Iterable[str | Path], option: str = "paths") -> list[Run]
         if not checkpoints:
             raise UserError(f"runs: there is no trained run in {str(folder)!r}; `fit` makes one")
         paths |= {path.resolve(): path for path in checkpoints}
-    runs = [read_run(path) for path in paths.values()]
+    homes = {path: path.parents[path.name != EXPORTED] for path in paths}
+    outermost = [path for path in paths if set(homes.values()).isdisjoint(homes[path].parents)]
+    runs = [read_run(paths[path]) for path in outermost]
     for run in runs:
         if option not in run.data:
             raise UserError(f"runs: {run.checkpoint} has no data.{option}: it was trained for something else")
@@ -81,7 +91,8 @@ def read_run(path: Path) -> Run:
     recipe |= {"steps": content["global_step"], "tokenizer": hashlib.sha256(str(tokenizer).encode()).hexdigest()[:8]}
     encoding, sha256 = encoding_of(**positions), hashlib.sha256(weights.read_bytes())
     own = (data["seed"], data["context_length"], data, recipe, positions, tokenizer)
-    return Run(path, encoding, *own, sha256.hexdigest())
+    text = {name: value for name, value in content.get(DATA, {}).items() if name != "tokenizer"}
+    return Run(path, encoding, *own, sha256.hexdigest(), text)
 
 
 def encoding_of(
