@@ -73,10 +73,6 @@ MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
             {"trainer__val_check_interval": 9, "trainer__check_val_every_n_epoch": 1},
             "trainer.val_check_interval must be at most the training's 8 batches, got 9; or set trainer.check_val",
         ),
-        (
-            {"model__query_scaling": "{name: ScalableSoftmax, trained_length: 16}", "data__separate_documents": "true"},
-            "document_ids must be None with query_scaling",
-        ),
         ({"model__embed_dim": 10**10}, "allocate memory"),
         ({"save_every": 0}, "save_every"),
         ({"trainer__accelerator": "abacus"}, "abacus"),

@@ -434,7 +434,7 @@ def test_each_callback_of_lightning_works_or_is_refused_in_a_line(name, tmp_path
         ),
         ([("Timer", {"duration": "00:00:00:09"})], {"trainer__max_time": "00:00:00:09"}, "both limit the time"),
         ([], {"trainer__logger": "false"}, "LearningRateMonitor needs a logger"),
-        ([("SampleText", {"top_k": 0})], {}, "SampleText.top_k must be 1 or above, got 0"),
+        ([("SampleText", {"top_k": 0})], {}, "SampleText.top_k must be 1 or above and an integer, got 0"),
         ([("Throughput", {"window_size": 1})], {}, "Throughput.window_size must be 2 or above, got 1"),
     ],
 )
