@@ -56,9 +56,14 @@ MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
         ),
         (
             {"model__context_parallel_size": 2, "model__block_size": 5},
-            "model.context_parallel_size * model.block_size, got 16 with 2 and 5",
+            "model.context_parallel_size * model.window_size, got 16 with 2, 5 and null",
         ),
-        ({"model__context_parallel_size": 2}, "got 16 with 2 and null"),
+        (
+            {"model__context_parallel_size": 2, "model__window_size": 9},
+            "model.context_parallel_size * model.window_size, got 16 with 2, null and 9",
+        ),
+        ({"model__block_size": 8, "model__window_size": 4}, "block_size or window_size must be None, got 8 and 4"),
+        ({"model__output_gate": 2}, "model.output_gate"),
         ({"trainer__max_steps": -1}, "trainer.max_steps must be above 0, got -1"),
         ({"trainer__limit_train_batches": 3}, "trainer.limit_train_batches must be null, got 3: training draws random"),
         ({"trainer__limit_train_batches": 1}, "trainer.limit_train_batches must be null, got 1: "),

@@ -29,7 +29,6 @@ from study.encodings import NoPositions
 from train.errors import UserError
 from train.extrapolate import held_out, token_losses
 from train.measure import read_cells, results_of
-from train.modes import SlidingWindow
 from train.runs import find_runs
 from xpos_zoo import (
     XPOS,
@@ -69,7 +68,7 @@ def test_versions_differ_in_far_text_alone():
 def test_far_text_changes_nothing_for_a_model_whose_window_ends_before_it(size):
     torch.manual_seed(0)
     model = sharpened(Transformer(256, 16, 1, 2))  # one layer, so that nothing is handed on
-    model.distance_bias = SlidingWindow(size)
+    model.window_size = size
     versions = far_versions(random_windows(4, 4 * L + 1), NAMES, L)
     losses = {condition: token_losses(model, version)[:, -L // 2 :] for condition, version in versions.items()}
     for condition in ("shuffled", "replaced"):

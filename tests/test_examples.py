@@ -47,6 +47,15 @@ def test_a_llama_with_our_attention_is_no_less_exact_and_becomes_an_xpos_model_t
     assert found["loss at 4096, Llama"] > found["loss, Llama"] + 0.1
 
 
+def test_a_mistral_with_a_sliding_window_gives_the_same_logits_here():
+    pytest.importorskip("transformers")
+    found = claims("mistral")
+    for what in ("of the logits", "from a cache", "within one window"):
+        assert found[f"error {what}"] < 32 * ROUNDOFF  # they compute angles in float32
+    assert found["difference without a window"] > 0.1
+    assert found["slots of the cache"] < 2 * 16
+
+
 def test_a_stream_costs_the_same_for_ever_and_gives_the_logits_of_one_forward():
     found = claims("stream")
     for what in ("operations", "bytes"):
@@ -73,9 +82,12 @@ def test_the_readmes_examples_run_one_after_the_other():
     assert {"attention", "cache", "model", "q", "k"} <= names.keys()
 
 
-def test_every_file_and_test_that_the_readme_names_is_there():
-    links, configs = (re.findall(each, README) for each in (r"\]\((?!http)([^)#]+)\)", r"\b(configs/\w+\.yaml)"))
-    for path in links + configs:
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda page: page.stem)
+def test_every_file_and_test_that_a_page_names_is_there(page):
+    text = page.read_text()
+    for path in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", text):
+        assert (page.parent / path).exists(), path
+    for path in re.findall(r"\b(configs/\w+\.yaml)", text):
         assert (ROOT / path).exists(), path
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", README))
+    assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", text))

@@ -17,7 +17,8 @@ from xpos_zoo import XPOS
 CONTENT = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "global_step"}
 # Options of data and model that change no number, or as much as other devices do.
 FREE = {"num_workers", "cache", "compile", "checkpoint_activations", "context_parallel_size"}
-ADDED: dict[str, Any] = {"qk_norm": False}  # options of the model that runs of earlier versions lack
+# Options of the model that runs of earlier versions lack.
+ADDED: dict[str, Any] = {"qk_norm": False, "output_gate": False, "window_size": None}
 EXPORTED = "training.json"  # beside an exported model: what its checkpoint says of its training
 DATA = "TextData"  # what of a checkpoint is the text's
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"

@@ -31,7 +31,7 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
     model = LanguageModel.load_from_checkpoint(path, map_location="cpu", weights_only=True).transformer.to(trained)
     try:
         if block_size is not None:
-            model.block_size = block_size or None
+            model.set_attention(block_size=block_size or None, window_size=None)
         model.save_pretrained(output, overwrite=overwrite)
     except ValueError as error:
         raise UserError(str(error).replace("overwrite=True", "--overwrite true")) from error
@@ -39,7 +39,7 @@ def export(checkpoint: str, output: str, block_size: int | None = None, overwrit
     if tokenizer is not None:
         with replacing(tokens) as draft:
             draft.write_text(tokenizer, encoding="utf-8")
-    content["hyper_parameters"]["block_size"] = model.block_size
+    content["hyper_parameters"] |= {"block_size": model.block_size, "window_size": model.window_size}
     write_trained(Path(output), content)
     print(f"{output}: a {trained} model of {sum(p.numel() for p in model.parameters()):,} weights from {path}")
 

@@ -48,8 +48,10 @@ class LanguageModel(L.LightningModule):
             `RotaryEmbedding`; or a list with one for each layer.
         scale_base: of layers of XPOS that have none of their own in `positions`: by default half the context length,
             where the authors' 512 for 1024 puts it.
-        embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, qk_norm, dropout: see `Transformer`.
+        embed_dim, num_layers, num_heads, num_kv_heads, hidden_dim, qk_norm, output_gate, dropout: see
+            `Transformer`.
         block_size: of blockwise attention, or null for dense; or a list with one for each layer.
+        window_size: of a sliding window, in place of block_size; likewise.
         query_scaling: what multiplies queries, likewise: `{name: ScalableSoftmax, trained_length: 128}`.
         distance_bias: what logits become by distance: a class of the library, such as `ScaleInvariant`, with arguments
             `{name: ScaleInvariant, tau: 10}`; an import path, `{class_path: mine.Bias, init_args: {}}`; or a list with
@@ -61,7 +63,7 @@ class LanguageModel(L.LightningModule):
         weight_decay: on matrices; none on norms.
         compile: whether each layer is compiled (a graph a layer, which works under every strategy).
         checkpoint_activations: keep a layer's input alone for the backward pass, and compute the rest again.
-        context_parallel_size: how many devices share each window, for blockwise attention in all layers.
+        context_parallel_size: how many devices share each window of text.
         vocab_size: how many tokens there are; the data's own.
 
     Raises:
@@ -79,9 +81,11 @@ class LanguageModel(L.LightningModule):
         num_kv_heads: int | None = None,
         hidden_dim: int | None = None,
         block_size: int | list[int | None] | None = None,
+        window_size: int | list[int | None] | None = None,
         query_scaling: Named | str | list[Named | str | None] | None = None,
         distance_bias: Named | str | list[Named | str | None] | None = None,
         qk_norm: bool = False,
+        output_gate: bool = False,
         dropout: float = 0.0,
         learning_rate: float = 2e-3,
         warmup_steps: int = 100,
@@ -113,18 +117,21 @@ class LanguageModel(L.LightningModule):
             if isinstance(positions, list)
             else with_scale_base(positions, half),
             block_size=block_size,
+            window_size=window_size,
             query_scaling=make_setting("query_scaling", query_scaling),
             distance_bias=make_setting("distance_bias", distance_bias),
             qk_norm=qk_norm,
+            output_gate=output_gate,
             hidden_dim=hidden_dim,
             dropout=dropout,
         )
         for attention in self.transformer.attentions:
-            blocks = context_parallel_size * (attention.block_size or context_length + 1)  # dense, none fits
-            if context_parallel_size > 1 and context_length % blocks:
+            blocks, part = context_parallel_size * (attention.block_size or 1), context_length // context_parallel_size
+            if context_parallel_size > 1 and (context_length % blocks or part < (attention.window_size or 1)):
                 raise UserError(
-                    "data.context_length must be a multiple of model.context_parallel_size * model.block_size, "
-                    f"got {context_length} with {context_parallel_size} and {attention.block_size or 'null'}"
+                    "data.context_length must be a multiple of model.context_parallel_size * model.block_size and at "
+                    f"least model.context_parallel_size * model.window_size, got {context_length} with "
+                    f"{context_parallel_size}, {attention.block_size or 'null'} and {attention.window_size or 'null'}"
                 )
             if attention.distance_bias is not None:
                 heads = attention.distance_bias(torch.zeros(1, 1, 1, 1, dtype=torch.int64)).shape[-3]

@@ -4,22 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
-from torch import Tensor
-
 from xpos_zoo import DistanceBias, LogNScaling, QueryScaling, ScaleInvariant, SoftTail, Transformer
 
-SETTINGS = ("block_size", "query_scaling", "distance_bias")  # that a mode may give to layers that have none
-
-
-@dataclass(frozen=True)
-class SlidingWindow:
-    """A distance bias that hides all but the last `size` keys, the query's own included."""
-
-    size: int
-
-    def __call__(self, distance: Tensor) -> Tensor:
-        return torch.zeros_like(distance, dtype=torch.float32).masked_fill(distance >= self.size, -torch.inf)
+# What a mode may give to layers that have nothing of the group.
+SETTINGS = (("block_size", "window_size"), ("query_scaling",), ("distance_bias",))
 
 
 @dataclass(frozen=True)
@@ -29,6 +17,7 @@ class Mode:
     name: str
     label: str
     block_size: int | None = None
+    window_size: int | None = None
     query_scaling: QueryScaling | None = None
     distance_bias: DistanceBias | None = None
     recompute: bool = False  # predict from fresh windows of the trained length, half a length apart
@@ -36,14 +25,16 @@ class Mode:
 
     def takes(self, trained: dict[str, Any]) -> bool:
         """Whether this changes nothing of the settings that layers were trained with, such as a bias of their own."""
-        return not any(trained.get(name) and getattr(self, name) for name in SETTINGS)
+        return not any(
+            any(map(trained.get, group)) and any(getattr(self, name) for name in group) for group in SETTINGS
+        )
 
     def set_on(self, model: Transformer) -> None:
         """Have a model, in no other mode so far, attend so."""
         for attention in model.attentions:
-            for name in SETTINGS:
-                if getattr(attention, name) is None:
-                    setattr(attention, name, getattr(self, name))
+            for group in SETTINGS:
+                if all(getattr(attention, name) is None for name in group):
+                    attention.set_attention(**{name: getattr(self, name) for name in group})
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ def standard_modes(length: int, log_n: float = 0.2, tail: float = 2.0) -> list[M
         Mode("log-n", f"dense, log-n {log_n:g}", query_scaling=LogNScaling(log_n, length)),
         Mode("tail", f"dense, soft tail {tail:g}", distance_bias=SoftTail(tail, length)),
         Mode("BCA", f"BCA, blocks of {length // 2}", block_size=length // 2),
-        Mode("sliding", f"sliding window of {length}", distance_bias=SlidingWindow(length)),
+        Mode("sliding", f"sliding window of {length}", window_size=length),
         Mode("recompute", f"recompute the last {length}", recompute=True),
     ]
 

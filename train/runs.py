@@ -16,7 +16,8 @@ from xpos_zoo import Transformer
 
 # As the literature calls them, and what it calls them if slow pairs are left out.
 ENCODINGS = {"XPOS": ("xPos", "partial xPos"), "RotaryEmbedding": ("RoPE", "p-RoPE"), "NoPositions": ("no positions",)}
-OWN = ("positions", "block_size", "query_scaling", "distance_bias", "qk_norm")  # how a model attends
+# How a model attends.
+OWN = ("positions", "block_size", "window_size", "query_scaling", "distance_bias", "qk_norm", "output_gate")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,12 @@ def read_run(path: Path) -> Run:
 
 
 def encoding_of(
-    positions: Any, query_scaling: Any = None, distance_bias: Any = None, qk_norm: bool | None = None, **_: Any
+    positions: Any,
+    query_scaling: Any = None,
+    distance_bias: Any = None,
+    qk_norm: bool | None = None,
+    output_gate: bool | None = None,
+    **_: Any,
 ) -> str:
     """What tables call a model that has these in its layers, such as "partial xPos, ScaleInvariant, QK-norm"."""
 
@@ -114,6 +120,7 @@ def encoding_of(
     if names[0] == ["no positions"] and names[2][:1] in (["ALiBi"], ["ALiBiScaleInvariant"]):
         names[0], names[2] = ["ALiBi"], [name for name in ["ScaleInvariant"] if names[2] != ["ALiBi"]]
     names += [["QK-norm"]] if qk_norm else []
+    names += [["gated"]] if output_gate else []
     return ", ".join(" and ".join(dict.fromkeys(own)) for own in names if own)
 
 

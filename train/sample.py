@@ -34,7 +34,7 @@ def sample(
         top_p: draw among the fewest tokens whose probabilities sum to p.
         seed: of the random numbers; the same seed gives the same text.
         block_size: of blockwise attention; by default the trained model's, and half the trained length for layers that
-            have none and nothing else, such as a distance bias, to attend far with. 0 attends to the whole text.
+            have none and nothing else, such as a window or a distance bias. 0 attends to the whole text.
         compile: compile the step; worth it for long texts.
         device: cpu or cuda.
 
@@ -56,10 +56,14 @@ def sample(
         raise UserError(f"prompt must have at least one token, got {prompt!r}")
     model = load_model(path, device)
     try:
-        softened = [each.query_scaling is not None or each.distance_bias is not None for each in model.attentions]
+        names = "window_size", "query_scaling", "distance_bias"
+        softened = [any(getattr(each, name) is not None for name in names) for each in model.attentions]
         far = [None if soft else half for soft in softened]
         default = [each.block_size or own for each, own in zip(model.attentions, far, strict=True)]
-        model.block_size = default if block_size is None else block_size or None
+        if block_size is None:
+            model.block_size = default
+        else:
+            model.set_attention(block_size=block_size or None, window_size=None)
         stream = model.stream(
             torch.tensor([begin], device=device),
             max_new_tokens,
