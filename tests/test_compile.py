@@ -93,6 +93,12 @@ def test_the_documented_functions_compile_at_any_length(compiler_counts):
     assert compiler_counts["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.parametrize("bits", [0x7FFF, -1, 0x7F81])
+def test_nan_stays_nan_when_pairs_are_moved_as_integers(bits, compiler_counts):
+    x, at = torch.full((1, 2, 8), bits, dtype=torch.int16).view(torch.bfloat16), torch.arange(2)
+    assert all(t.isnan().all() for t in compile_graph(XPOS(8).rotate)(x, x, at, at))
+
+
 def test_logits_by_distance_and_scaled_queries_add_no_graph_under_autocast(compiler_counts):
     module = block(query_scaling=LogNScaling(0.5, 10), distance_bias=ScaleInvariant(3.0), block_size=8)
     module.requires_grad_(False)

@@ -110,8 +110,10 @@ class BlockwisePlan:
             else (ids[:, 1:].flatten(0, 1), torch.cat((ids[:, :-1], ids[:, 1:]), dim=-1).flatten(0, 1))
         )
         place = torch.arange(2 * w, device=device)[None]
-        first = Visibility(place[:, :w], w, must_mask or (needs_terms and len(chunks) > 1), pattern, own, own)
-        rest = Visibility(place[:, w:], 2 * w, needs_terms, pattern, *pairs)
+        first = Visibility(
+            place[:, :w], w, must_mask or (needs_terms and len(chunks) > 1), pattern.window_size, own, own
+        )
+        rest = Visibility(place[:, w:], 2 * w, needs_terms, pattern.window_size, *pairs)
         keep_terms = w <= MASK_CHUNK and not use_flex(settings, w, device, layout.dtype)
         first, rest = (each.prepare(settings.distance_bias, layout.dtype, keep_terms) for each in (first, rest))
         return cls(

@@ -158,7 +158,7 @@ class DensePlan:
             positions, at, q_exponents, k_exponents, query_factor(settings, at, layout), layout.dtype
         )
         q_ids = None if ids is None else ids[:, before:]
-        visibility = Visibility(at[:, before:], num_keys, needs_terms, settings.pattern, q_ids, ids)
+        visibility = Visibility(at[:, before:], num_keys, needs_terms, settings.pattern.window_size, q_ids, ids)
         flex = use_flex(settings, n, device, layout.dtype)
         few = n <= max(limit, MASK_CHUNK)
         visibility = visibility.prepare(settings.distance_bias, layout.dtype, few and not flex)

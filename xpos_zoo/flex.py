@@ -35,7 +35,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, tabl
         query = q_positions[b % len(q_positions), i]
         column = (zero - query + j).clamp(min=0)  # padding may stand behind the last key
         score = score if gain is None else score * gain[h % len(gain), column]
-        visible = visibility.pattern.is_visible(query, j)
+        visible = visibility.is_visible(query, j)
         if q_documents is not None and k_documents is not None:
             visible = visible & (q_documents[b, i] == k_documents[b, j])
         return torch.where(visible, score + bias[h % len(bias), column], -torch.inf)

@@ -79,7 +79,7 @@ class DistanceTable:
         num_keys, device = visibility.num_keys, visibility.q_positions.device
         distance = num_keys - 1 - torch.arange(2 * num_keys, device=device)
         bias, gain = bias_and_gain(distance_bias, distance.clamp(min=0)[None, None, None])
-        hidden = ~visibility.pattern.is_visible(distance, torch.zeros_like(distance))
+        hidden = ~visibility.is_visible(distance, torch.zeros_like(distance))
         bias = bias.expand(torch.broadcast_shapes(bias.shape, (1, 1, 1, len(distance)))).masked_fill(hidden, -torch.inf)
         return cls(bias[0, :, 0], None if gain is None else gain.expand(1, -1, 1, len(distance))[0, :, 0])
 
@@ -104,7 +104,7 @@ class Visibility:
         q_positions: (rows, n), below m but for padding.
         num_keys: m.
         needs_terms: whether attention needs `LogitTerms`; else it is causal, and the last query sees the last key.
-        pattern: which keys they see, by position.
+        window_size: how many keys they see, or None for all before them: blocks hide none within a row.
         q_documents, k_documents: (b, n) and (b, m), or None: keys of another document are hidden.
         table: the terms by distance, if all layers share them.
         terms: those of all queries and keys, if all layers share them and they are few.
@@ -113,11 +113,14 @@ class Visibility:
     q_positions: Tensor
     num_keys: int
     needs_terms: bool
-    pattern: AttentionPattern
+    window_size: int | None
     q_documents: Tensor | None = None
     k_documents: Tensor | None = None
     table: DistanceTable | None = None
     terms: LogitTerms | None = None
+
+    def is_visible(self, query: Tensor, key: Tensor) -> Tensor:
+        return AttentionPattern(window_size=self.window_size).is_visible(query, key)
 
     def prepare(self, distance_bias: DistanceBias | None, dtype: torch.dtype, keep_terms: bool) -> "Visibility":
         """With the table, unless the bias may have parameters, which belong to a layer; and, if asked, the terms."""
