@@ -126,8 +126,10 @@ class LanguageModel(L.LightningModule):
             dropout=dropout,
         )
         for attention in self.transformer.attentions:
-            blocks, part = context_parallel_size * (attention.block_size or 1), context_length // context_parallel_size
-            if context_parallel_size > 1 and (context_length % blocks or part < (attention.window_size or 1)):
+            blocks, windows = (
+                context_parallel_size * (size or 1) for size in (attention.block_size, attention.window_size)
+            )
+            if context_parallel_size > 1 and (context_length % blocks or context_length < windows):
                 raise UserError(
                     "data.context_length must be a multiple of model.context_parallel_size * model.block_size and at "
                     f"least model.context_parallel_size * model.window_size, got {context_length} with "
