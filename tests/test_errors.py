@@ -72,7 +72,7 @@ CASES = [
     (lambda: setattr(block(block_size=8), "window_size", 4), "block_size or window_size must be None, got 8 and 4"),
     (lambda: model(block_size=[8, None], window_size=4), "block_size or window_size must be None, got 8 and 4"),
     (lambda: with_cache(block(window_size=4)), "needs window_size=4, segment_length=1, was made with window_size=None"),
-    (lambda: block(dropout=math.nan), "dropout must be in [0, 1), got nan"),
+    (lambda: block(dropout=math.nan), "dropout must be 0 or above and finite, got nan"),
     (lambda: dense(h[0]), "x must have shape (batch, seq_len, embed_dim=32), got (5, 32)"),
     (lambda: dense(h.long()), "x must have the weights' dtype torch.float32, or run under autocast, got"),
     # Caches

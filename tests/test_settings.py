@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import block, far_apart, model, normal, tokens
+from builders import LearnedBias, block, far_apart, model, normal, tokens
 
-from xpos_zoo import XPOS, ALiBi, LogNScaling, RotaryEmbedding, ScaleInvariant, SoftTail
+from xpos_zoo import XPOS, ALiBi, LogNScaling, RotaryEmbedding, ScaleInvariant, SoftTail, Transformer
 
 
 @pytest.mark.parametrize(("name", "value"), [("base", 100), ("max_wavelength", 50), ("scale_base", 3)])
@@ -35,7 +35,19 @@ def test_what_cannot_take_effect_later_cannot_be_set(module):
                 setattr(module, name, 4)
 
 
-def test_a_model_hands_what_is_set_to_its_layers():
+def test_a_module_takes_any_settings_place_and_gives_it_back():
+    attention = block()
+    for setting in ("query_scaling", "distance_bias"):
+        for value in (LearnedBias(), None, LearnedBias(), SoftTail(2, 9)):
+            setattr(attention, setting, value) if isinstance(value, LearnedBias) else attention.set_attention(
+                **{setting: value}
+            )
+            assert getattr(attention, setting) is value
+    with pytest.raises(ValueError, match="dropout must be"):
+        attention.dropout = LearnedBias()
+
+
+def test_a_model_hands_what_is_set_to_its_layers(tmp_path):
     changed, x = far_apart(model(2)), tokens(2, 30)
     changed.positions, changed.dropout = XPOS(8, 3), 0.25
     changed.distance_bias = ScaleInvariant(2.0)
@@ -43,6 +55,11 @@ def test_a_model_hands_what_is_set_to_its_layers():
     assert torch.equal(changed(x), expected(x))
     assert [layer.attention.dropout for layer in changed.layers] == [0.25, 0.25]  # type: ignore[union-attr]
     assert set(dict(changed.named_children())) == {"embedding", "layers", "norm", "head"}
+    changed.save_pretrained(tmp_path)
+    assert torch.equal(Transformer.from_pretrained(tmp_path)(x), expected(x))
+    with pytest.raises(ValueError, match="block_size must be above 0"):
+        changed.block_size = [4, 0]
+    assert changed.block_size is None
 
 
 @pytest.mark.parametrize("number", [np.float32, np.int64, torch.tensor], ids=["float32", "int64", "tensor"])

@@ -58,7 +58,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "use_distributed_sampler": (False,),
 }
 LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
-LENGTHS = {"context_length", "block_size"}
+LENGTHS = {"context_length", "block_size", "window_size"}
 ANOTHER_NAME = "give this one a --name of its own, or remove that folder"
 
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])  # what NumPy takes

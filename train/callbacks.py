@@ -220,11 +220,14 @@ def training_flops(model: Transformer, context_length: int) -> float:
     """Multiplications and additions a token of a training step: forward, and twice that backward.
 
     Those of weights that multiply, and of the scores and values that causality leaves: half of all, or in blocks of B
-    those of at most 2B keys. What checkpointed activations compute again does not count.
+    those of at most 2B keys, with a window its own. What checkpointed activations compute again does not count.
     """
     weights = model.head.weight.numel() + sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
     scores = sum(
-        4 * attention.num_heads * attention.head_dim * min(context_length / 2, 1.5 * (attention.block_size or math.inf))
+        4
+        * attention.num_heads
+        * attention.head_dim
+        * min(context_length / 2, 1.5 * (attention.block_size or math.inf), attention.window_size or math.inf)
         for attention in model.attentions
     )
     return 3 * (2 * weights + scores)

@@ -1,4 +1,4 @@
-"""xPos attention for PyTorch: exact at any length, in any precision, compiled or not."""
+"""xPos attention for PyTorch: matches the xPos formula up to rounding, at any length and precision, compiled or not."""
 
 from xpos_zoo.attention import MultiHeadAttention
 from xpos_zoo.bias import ALiBi, DistanceBias, LogNScaling, QueryScaling, ScalableSoftmax, ScaleInvariant, SoftTail

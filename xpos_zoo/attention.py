@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from xpos_zoo.bias import DistanceBias, QueryScaling
 from xpos_zoo.blockwise import fetch_previous, prepend
 from xpos_zoo.cache import KeyValueCache, weight_of
-from xpos_zoo.checks import as_integer, as_sizes
+from xpos_zoo.checks import as_integer, as_number, as_sizes
 from xpos_zoo.plan import LayerPlan, plan_attention
 from xpos_zoo.rotary import XPOS, PositionModule
 from xpos_zoo.settings import AttentionSettings
@@ -149,14 +149,27 @@ class MultiHeadAttention(nn.Module):
 
         ValueError, and nothing is set, if one is unknown or cannot be what it is given as.
         """
+        checked = self.check_attention(**settings)
+        for name, value in checked.items():
+            stored = name if name in ("positions", "distance_bias") else f"_{name}"
+            if stored in self._modules and not isinstance(value, nn.Module):
+                delattr(self, stored)  # torch lets nothing but a module take a module's place
+            setattr(self, stored, value)
+
+    def check_attention(self, **settings: Any) -> dict[str, Any]:
+        """The values that `set_attention` would set; its ValueErrors."""
         checked = {name: self._checked(name, value) for name, value in settings.items()}
         sizes = {name: checked.get(name, getattr(self, f"_{name}", None)) for name in ("block_size", "window_size")}
         if None not in sizes.values():
             raise ValueError(f"block_size or window_size must be None, got {' and '.join(map(str, sizes.values()))}")
-        if "distance_bias" in checked and "distance_bias" in dict(self.named_children()):
-            del self.distance_bias  # torch lets nothing but a module take a module's place
-        for name, value in checked.items():
-            setattr(self, name if name in ("positions", "distance_bias") else f"_{name}", value)
+        return checked
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would register a module under the name of a property, which would stay as it was.
+        if isinstance(value, nn.Module) and isinstance(getattr(type(self), name, None), property):
+            self.set_attention(**{name: value})
+        else:
+            super().__setattr__(name, value)
 
     def _checked(self, name: str, value: Any) -> Any:
         match name:
@@ -171,9 +184,9 @@ class MultiHeadAttention(nn.Module):
                 if value is not None and (isinstance(value, type) or not callable(value)):
                     raise ValueError(f"{name} must be callable, such as {example}, or None, got {value!r}")
             case "dropout":
-                if not 0 <= value < 1:
+                value = float(as_number(name, value, positive=False))
+                if value >= 1:
                     raise ValueError(f"dropout must be in [0, 1), got {value}")
-                return float(value)
             case "cp_mesh":
                 if value is not None and not (isinstance(value, DeviceMesh) and value.ndim == 1):
                     raise ValueError(f"cp_mesh must be a DeviceMesh of one dimension, or None, got {value!r}")

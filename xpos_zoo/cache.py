@@ -327,11 +327,20 @@ class KeyValueCache(nn.Module):
 def prepare_to_load(cache: KeyValueCache, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before a state dict is loaded: ValueError if it does not fit, and nothing is loaded. A cache that grows gets as
     many slots as the state dict has."""
-    for i, layer in enumerate(cache):
-        k, layout = (state_dict.get(f"{prefix}layers.{i}.{name}") for name in ("k", "_extra_state"))
-        if layout is not None and layout != layer.get_extra_state():
-            raise ValueError(f"state_dict does not match this cache: has {layout}, needs {layer.get_extra_state()}")
-        if k is not None and cache.grows and layer.layout.num_slots == 0 and k.shape[2] > layer.num_slots:
-            cache.grow(k.shape[2])
-        if k is not None and k.shape != layer.k.shape:
-            raise ValueError(f"state_dict must hold keys {tuple(layer.k.shape)} in layer {i}, got {tuple(k.shape)}")
+    names = "k", "v", "_extra_state"
+    saved = [{name: state_dict.get(f"{prefix}layers.{i}.{name}") for name in names} for i in range(len(cache.layers))]
+    for layer, own in zip(cache, saved, strict=True):
+        if own["_extra_state"] not in (None, layer.get_extra_state()):
+            raise ValueError(
+                f"state_dict does not match this cache: has {own['_extra_state']}, needs {layer.get_extra_state()}"
+            )
+    dense = [own["k"] for layer, own in zip(cache, saved, strict=True) if layer.layout.num_slots == 0]
+    slots = [k.shape[2] for k in dense if k is not None]
+    if cache.grows and slots and min(slots) > (cache.max_length or 0):
+        cache.grow(min(slots))  # others round it up, as they did
+    for i, (layer, own) in enumerate(zip(cache, saved, strict=True)):
+        for name, held in (("k", layer.k), ("v", layer.v)):
+            if own[name] is not None and own[name].shape != held.shape:
+                raise ValueError(
+                    f"state_dict must hold {name} {tuple(held.shape)} in layer {i}, got {tuple(own[name].shape)}"
+                )

@@ -25,7 +25,7 @@ SEGMENTS_AT_ONCE = 64  # whose keys are converted to float32 at a time: never th
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """One query per row, on the slots of a cache, dense or blockwise.
+    """One query per row, on the slots of a cache, dense or local.
 
     Attributes:
         q_rotary, k_rotary: rotate and scale the new query and key, the key for its segment.

@@ -4,7 +4,7 @@ Axes: b batch, n sequence, c vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def stream(
         raise ValueError(f"tokens must have at least one token a row, got {tuple(tokens.shape)}")
     max_new_tokens = as_integer("max_new_tokens", max_new_tokens, 0, "0 or above and an integer")
     vocab_size = model.embedding.num_embeddings
-    ends = [] if eos is None else [eos] if isinstance(eos, (int, SupportsIndex)) else list(eos)
+    ends = [] if eos is None else list(eos) if isinstance(eos, Sequence) else [eos]
     for name, values in (("tokens", (tokens.min(), tokens.max()) if tokens.numel() else ()), ("eos", ends)):
         for value in values:
             if not 0 <= as_integer(name, value, 0, f"from 0 to {vocab_size - 1}") < vocab_size:
@@ -129,11 +129,12 @@ def stream(
         rows = torch.arange(len(tokens), device=tokens.device)
         logits = model.head(hidden[rows, -1 if lengths is None else lengths - 1])
         ended, last = torch.zeros_like(rows, dtype=torch.bool), torch.zeros_like(rows, dtype=tokens.dtype)
+        stop = torch.tensor([int(end) for end in ends], device=tokens.device)
         for left in reversed(range(max_new_tokens)):
             new = sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
             if ends:
                 new = torch.where(ended, last, new)
-                ended |= torch.isin(new, torch.tensor(ends, device=new.device))
+                ended |= torch.isin(new, stop)
                 last = new
             yield new
             if left == 0 or (ends and ended.all()):

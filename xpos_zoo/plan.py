@@ -136,7 +136,8 @@ def check_context_parallel(blocks: Sequence[Any], n: int, cache: KeyValueCache |
         if w is not None and (n == 0 or n % w):
             raise ValueError(f"seq_len must be a multiple of block_size={w} with cp_mesh, got {n}")
         if n < (window or 1):
-            raise ValueError(f"seq_len must be at least window_size={window} with cp_mesh, got {n}")
+            least = "above 0" if window is None else f"at least window_size={window}"
+            raise ValueError(f"seq_len must be {least} with cp_mesh, got {n}")
 
 
 def with_previous_documents(layout: BatchLayout, block: Any) -> BatchLayout:

@@ -106,6 +106,8 @@ class PositionModule(nn.Module):
 
     def __init__(self, rates: Sequence[complex], interleaved: bool = True):
         super().__init__()
+        if not isinstance(interleaved, bool):
+            raise ValueError(f"interleaved must be True or False, got {interleaved!r}")
         self.interleaved = interleaved
         self.rates = rates
 
@@ -304,7 +306,7 @@ class RotaryEmbedding(PositionModule):
         for name, value in arguments.items():
             arguments[name] = None if value is None and name == "max_wavelength" else as_number(name, value)
         self.rates = rotary_rates(**self._arguments | arguments)
-        self._arguments |= arguments
+        self._arguments = self._arguments | arguments
 
     head_dim = property(lambda self: self._arguments["head_dim"])
     base = argument("base")

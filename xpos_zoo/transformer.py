@@ -155,7 +155,7 @@ class Transformer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # torch would register a module under the name of a property, which would stay as it was.
-        if isinstance(value, nn.Module) and name in ("positions", "distance_bias"):
+        if isinstance(value, nn.Module) and isinstance(getattr(type(self), name, None), property):
             self.set_attention(**{name: value})
         else:
             super().__setattr__(name, value)
@@ -171,8 +171,11 @@ class Transformer(nn.Module):
         `MultiHeadAttention.set_attention`, or if a list has another length.
         """
         lists = {name: each_layer(name, value, len(self.layers)) for name, value in settings.items()}
-        for i, attention in enumerate(self.attentions):
-            attention.set_attention(**{name: values[i] for name, values in lists.items()})
+        each = [{name: values[i] for name, values in lists.items()} for i in range(len(self.layers))]
+        for attention, settings in zip(self.attentions, each, strict=True):  # nothing is set if one is refused
+            attention.check_attention(**settings)
+        for attention, settings in zip(self.attentions, each, strict=True):
+            attention.set_attention(**settings)
 
     positions = of_all_layers("positions", "A `PositionModule`")
     block_size = of_all_layers("block_size", "None for dense attention, else the block size")
@@ -215,6 +218,8 @@ class Transformer(nn.Module):
         overwrite is False, or as for `config`, or safetensors is not installed.
         """
         config, weights = self.config, self.state_dict()
+        for name in (name for name in weights if name.endswith(".positions.scale")):
+            weights[name] = weights[name].clone()  # layers may share a module
         if config.tie_embeddings:
             del weights["head.weight"]
         write_folder(Path(path), config, weights, overwrite)
