@@ -226,16 +226,20 @@ def fetch_previous(mesh: DeviceMesh, w: int | None, *tensors: Tensor) -> Tensor:
     """
     # Private, but what torch names in place of its public functions that differentiate: those are deprecated, and break
     # graphs.
-    from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
+    from torch.distributed import _functional_collectives as collectives
 
     rank, size = mesh.get_local_rank(), mesh.size()
     if w is None:
-        parts = all_gather_tensor_autograd(torch.stack(tensors), 0, mesh)
+        name = "all_gather_single_autograd"  # as of torch 2.13
+        gather = getattr(collectives, name, None) or collectives.all_gather_tensor_autograd
+        parts = gather(torch.stack(tensors), 0, mesh)
         parts = rearrange(parts, "(r m) b n ... -> r m b n ...", m=len(tensors))[:rank]
         return rearrange(parts, "r m b n ... -> m b (r n) ...")
     sent, received = ([w * (to == rank + step) for to in range(size)] for step in (1, -1))
     last = rearrange([t[:, -w:] for t in tensors], "m b w ... -> w m b ...")[: sum(sent)]
-    return rearrange(all_to_all_single_autograd(last.contiguous(), received, sent, mesh), "w m b ... -> m b w ...")
+    return rearrange(
+        collectives.all_to_all_single_autograd(last.contiguous(), received, sent, mesh), "w m b ... -> m b w ..."
+    )
 
 
 def prepend(previous: Tensor, *tensors: Tensor) -> list[Tensor]:

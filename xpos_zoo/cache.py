@@ -328,7 +328,9 @@ def prepare_to_load(cache: KeyValueCache, state_dict: dict[str, Any], prefix: st
     """Before a state dict is loaded: ValueError if it does not fit, and nothing is loaded. A cache that grows gets as
     many slots as the state dict has."""
     names = "k", "v", "_extra_state"
-    saved = [{name: state_dict.get(f"{prefix}layers.{i}.{name}") for name in names} for i in range(len(cache.layers))]
+    saved: list[dict[str, Any]] = [
+        {name: state_dict.get(f"{prefix}layers.{i}.{name}") for name in names} for i in range(len(cache.layers))
+    ]
     for layer, own in zip(cache, saved, strict=True):
         if own["_extra_state"] not in (None, layer.get_extra_state()):
             raise ValueError(

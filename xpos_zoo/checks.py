@@ -25,7 +25,7 @@ def as_number(name: str, value: Any, positive: bool = True) -> float:
     """`value`, of any numeric type (numpy's, or a tensor of one element), as a plain number; ValueError if it is
     negative, infinite, no number, or 0 though it must be positive."""
     foreign = isinstance(value, Tensor) or type(value).__module__ == "numpy"
-    number = value.reshape(-1)[0].item() if foreign and math.prod(value.shape) == 1 else value
+    number: Any = value.reshape(-1)[0].item() if foreign and math.prod(value.shape) == 1 else value
     finite = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
     if not finite or number < 0 or (positive and number == 0):
         raise ValueError(f"{name} must be {'above 0' if positive else '0 or above'} and finite, got {value!r}")
